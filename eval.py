@@ -62,12 +62,12 @@ def main():
                     for knob, default in SAMPLING[data == "countdown"].items()}
         try:
             for name, model, tokenizer in loaded:
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=args.device != "cpu"):
+                kind = model.device.type
+                generator = torch.Generator(model.device).manual_seed(args.seed)
+                with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
                     rows.append((name, evaluate(
-                        model, tokenizer, problems, args.n, sampling["max_new_tokens"],
-                        torch.Generator(model.device).manual_seed(args.seed), name,
-                        temperature=sampling["temperature"], top_p=sampling["top_p"],
-                        rollout_tokens=args.rollout_tokens)))
+                        model, tokenizer, problems, args.n, generator=generator, title=name,
+                        rollout_tokens=args.rollout_tokens, **sampling)))
         except KeyboardInterrupt:
             print("\nstopped; what is complete:")
         if rows:

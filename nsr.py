@@ -76,8 +76,8 @@ class Config:
     preset: str = flag("", "where settings start from: countdown, qwen-math (one GPU), "
                        "qwen-math-paper; default: qwen-math if --model or --data is not countdown")
     model: str = flag("countdown", "causal LM: a directory, out/NAME of a run, a hub name")
-    data: str = flag("countdown", "problems: a JSON Lines file, hf://datasets/OWNER/NAME/FILE.jsonl,"
-                     " countdown, math-train, math-test, math500, amc23, aime2025")
+    data: str = flag("countdown", "problems: a JSON Lines file, hf://datasets/OWNER/NAME/FILE, "
+                     "countdown, math-train, math-test, math500, amc23, aime2025")
     eval_data: str = flag("", "held-out problems, named likewise; default: some of --data")
     steps: int = flag(150, "training steps T, one batch of rollouts each")
     prompts: int = flag(64, "prompts a step")
@@ -784,8 +784,7 @@ def evaluate(model, tokenizer, problems, n, max_new_tokens, generator, title, **
         texts = tokenizer.batch_decode(group, skip_special_tokens=True)
         correct.append(sum(problem.verify(text, problem.answer) for text in texts))
         left = (time.time() - started) / len(correct) * (len(problems) - len(correct))
-        live(f"{title}: {len(correct)}/{len(problems)} problems, {duration(left)} left",
-             done=len(correct) == len(problems))
+        live(f"{title}: {len(correct)}/{len(problems)} problems, {duration(left)} left")
     return {k: sum(pass_at_k(n, c, k) for c in correct) / len(correct)
             for k in (2**i for i in range(n.bit_length()))}
 
@@ -1075,7 +1074,7 @@ def update(run, batch):
         # ONE denominator, before the cut into micro-batches. A = 0 counts in it, so all methods
         # divide by the same number; but its gradient is 0, so it needs no forward pass.
         denom = int(batch.loss_mask[mini].sum())
-        rows = [i for i in mini.tolist() if batch.adv[i] != 0 or cfg.entropy_coef or cfg.kl_coef]
+        rows = mini[(batch.adv[mini] != 0).cpu() | bool(cfg.entropy_coef or cfg.kl_coef)].tolist()
         if not rows:
             continue
         run.optimizer.zero_grad()
@@ -1116,6 +1115,8 @@ def train(run):
                     generator(run, f"evaluation {run.step}"), f"Pass@k at step {run.step}",
                     temperature=cfg.temperature, rollout_tokens=cfg.rollout_tokens)
             append_log(log, [{"step": run.step, "pass_at_k": scores[run.step]}])
+            live(f"step {run.step}: " + ", ".join(f"Pass@{k} {score:.3f}" for k, score in
+                                                  scores[run.step].items()), done=True)
         if run.step == cfg.steps:
             return scores
         batch, metrics, samples = collect(run)
@@ -1201,7 +1202,11 @@ def open_run(given):
                                 f"{stored[knob]}; leave the flag out, or start a new run")
     else:
         cfg = resolve(given)
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except Exception as e:  # torch raises three types for a device that is not there
+        raise UserError(f"--device {device}: {first_line(e)}") from e
     problems, held_out = load_problems(cfg)
     sha1 = hashlib.sha1(repr([p[:2] for p in problems + held_out]).encode()).hexdigest()
     if path and stored["problems_sha1"] != sha1:
@@ -1233,9 +1238,10 @@ def open_run(given):
 
 def commit():
     """The git commit of this file, or None."""
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                           capture_output=True, text=True)
-    return asked.stdout.strip() if asked.returncode == 0 else None
+    with contextlib.suppress(OSError):  # no git
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                               capture_output=True, text=True)
+        return asked.stdout.strip() if asked.returncode == 0 else None
 
 
 def command(body):

@@ -165,7 +165,7 @@ def test_help_tells_every_flag_with_its_default(cli):
     ({"prompt": "p", "Answer": 27.0}, "p", "27"),
     ({"content": "p", "answer": 0}, "p", "0"),
     ({"problem": "p", "answer": 0.5}, "p", "0.5"),
-    ({"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": "3"}}, "p", "3"),
+    ({"prompt": [{"content": "p"}], "reward_model": {"ground_truth": "3"}}, "p", "3"),
     ({"problem": "p", "solution": "so \\boxed{1} or \\boxed{\\frac{1}{2}}."}, "p", "\\frac{1}{2}"),
     ({"problem": "p", "solution": ["so", "\\boxed{4}"]}, "p", "4"),
     ({"question": "p", "answer": "9 + 9 = 18\n#### 18"}, "p", "18"),
@@ -176,8 +176,9 @@ def test_problem_layouts(row, question, answer):
     assert nsr.parse_problem(row)[:2] == (question, answer)
 
 
-@pytest.mark.parametrize("row", [{}, {"problem": ""}, {"problem": "p"}, {"answer": "1"},
-                                 {"problem": 3, "answer": "1"}, {"problem": "p", "solution": "none"}])
+@pytest.mark.parametrize("row", [
+    {}, {"problem": ""}, {"problem": "p"}, {"answer": "1"}, {"problem": 3, "answer": "1"},
+    {"problem": "p", "solution": "none"}])
 def test_incomplete_problems_are_refused(row):
     with pytest.raises(ValueError):
         nsr.parse_problem(row)
@@ -477,10 +478,11 @@ def test_confidence_weight_is_clamped_and_constant():
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("method", nsr.METHODS)
 def test_token_gradient_by_hand(method, temperature):
-    """d loss / d z_v = A pi_v / denom / T, and -A (1 - pi_y) / denom / T for the sampled token y."""
+    """d loss / d z_v = A pi_v / denom / T, but -A (1 - pi_y) / denom / T for the sampled y."""
     torch.manual_seed(0)
     logits = torch.randn(3, 4, 5, requires_grad=True)
-    labels, mask = torch.randint(5, (3, 4)), torch.tensor([[1] * 4, [1, 1, 0, 0], [1] * 3 + [0]]).bool()
+    labels = torch.randint(5, (3, 4))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
     adv = torch.tensor(TABLE[method]).float()
     stats = nsr.token_stats_from_logits(logits, labels, temperature=temperature, mask=mask)
     nsr.policy_loss(stats.logprobs, stats.logprobs.detach(), adv, mask, denom=9).backward()
@@ -496,7 +498,8 @@ def test_nsr_moves_mass_from_the_sampled_token_to_the_others_in_proportion():
     pi = z.detach().softmax(-1)[0, 0]
     stats = nsr.token_stats_from_logits(z, torch.tensor([[0]]))
     mask = torch.ones(1, 1, dtype=torch.bool)
-    nsr.policy_loss(stats.logprobs, stats.logprobs.detach(), torch.tensor([-1.0]), mask, 1).backward()
+    old = stats.logprobs.detach()
+    nsr.policy_loss(stats.logprobs, old, torch.tensor([-1.0]), mask, 1).backward()
     step = -z.grad[0, 0]  # gradient descent
     assert step[0] < 0 and (step[1:] > 0).all()
     torch.testing.assert_close(step[1:] / step[1], pi[1:] / pi[1])
@@ -548,7 +551,7 @@ def test_w_reinforce_is_lam_psr_plus_nsr_to_the_bit():
 
 def test_expected_gradients_by_enumeration():
     """Every response of a tiny policy, weighed by its probability: with a fixed denominator psr,
-    nsr, reinforce and w-reinforce have one expected gradient, as 1 : 1 : 2 : 1.1; cw-nsr another."""
+    nsr, reinforce, w-reinforce have one expected gradient, as 1 : 1 : 2 : 1.1; cw-nsr another."""
     torch.manual_seed(0)
     V, T, stop = 3, 3, 0
     z = torch.randn(T, V, V, dtype=torch.float64, requires_grad=True)  # step, previous token, next
@@ -666,7 +669,7 @@ def test_pass_at_k_equals_brute_force():
     for n in range(1, 11):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             draws = list(itertools.combinations(range(n), k))
-            share = sum(min(draw) < c for draw in draws) / len(draws)  # samples 0 .. c - 1 are right
+            share = sum(min(draw) < c for draw in draws) / len(draws)  # 0 .. c - 1 are right
             assert nsr.pass_at_k(n, c, k) == pytest.approx(share, abs=1e-15)
     for c, k in ((1, 128), (3, 17), (250, 2), (0, 256), (256, 1)):
         exact = 1 - Fraction(math.comb(256 - c, k), math.comb(256, k))
@@ -764,6 +767,8 @@ def test_default_names_are_fresh_and_a_taken_name_is_refused(cli, base):
     (["--model=missing-folder"], "missing-folder"),
     (["--max-new-tokens=60"], "context of 64"),
     (["--name=a/b"], "--name a/b"),
+    (["--device=cuda:99"], "--device cuda:99"),
+    (["--device=quantum"], "--device quantum"),
     (["--resume=out/none"], "out/none"),
 ])
 def test_bad_input_is_one_line_and_status_2(cli, base, tmp_path, monkeypatch, flags, said):
@@ -776,8 +781,8 @@ def test_bad_input_is_one_line_and_status_2(cli, base, tmp_path, monkeypatch, fl
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "few.jsonl").write_text(good)
     known = {f.split("=")[0] for f in flags}
-    flags = [f for f in short(base) if f.split("=")[0] not in known and flags[0][:8] != "--resume"] + flags
-    status, _, err = cli(*flags)
+    others = [] if "--resume" in known else short(base)
+    status, _, err = cli(*(f for f in others if f.split("=")[0] not in known), *flags)
     assert status == 2 and said in err and len(err.splitlines()) == 1
     assert not list(tmp_path.glob("out/*/config.json"))
 
