@@ -4,7 +4,7 @@
     python eval.py countdown out/a-nsr-1                          # ... beside the base policy
     python eval.py Qwen/Qwen2.5-Math-1.5B out/NAME --data math500 aime2025 -n 64
 
-Sampling, verification and the estimate are those of training, imported from nsr.py.
+The code of rollout, verification and estimate is that of training, imported from nsr.py.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import sys
 
 import torch
 
-from nsr import (Config, UserError, command, evaluate, load_model, load_problems, pass_at_k,
-                 pass_table, read_problems)
+from nsr import (Config, UserError, command, encode_prompts, evaluate, load_model, load_problems,
+                 pass_at_k, pass_table, pick_device, read_problems)
 
 SAMPLING = {  # what training samples with, and what the papers evaluate MATH with
     True: dict(temperature=1.0, top_p=1.0, max_new_tokens=Config.max_new_tokens),
@@ -28,7 +28,7 @@ def parse_flags():
     flag("models", nargs="+", metavar="MODEL", help="a directory, out/NAME of a run, a hub name, "
          "or countdown for the embedded base policy")
     flag("--data", nargs="+", default=["countdown"], metavar="NAME_OR_FILE",
-         help="problem sets, named as for nsr.py --data [countdown: its held-out problems]")
+         help="problem sets, named as for nsr.py --data [countdown: 200 held-out problems]")
     flag("-n", type=int, default=256, help="responses to each problem [256]")
     flag("--problems", type=int, help="only so many problems of each set [all]")
     flag("--temperature", type=float, help="[0.6; 1.0 on countdown]")
@@ -37,7 +37,7 @@ def parse_flags():
     flag("--max-new-tokens", type=int, help="longest response in tokens [3072; 20 on countdown]")
     flag("--rollout-tokens", type=int, default=2**16, help="most tokens in the KV cache [65536]")
     flag("--seed", type=int, default=0, help="decides every random draw [0]")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    flag("--device", default="", help="cpu, cuda, cuda:1, ... [cuda if there is one, else cpu]")
 
     def error(message):
         raise UserError(f"{message}; see --help")
@@ -53,29 +53,30 @@ def parse_flags():
 def main():
     """`python eval.py`: a table of Pass@k for every problem set; 130 when stopped."""
     args = parse_flags()
-    sets = {name: load_problems(Config())[1] if name == "countdown" else read_problems(name)
-            for name in args.data}  # all are read before the first is sampled from
-    loaded = [(name, *load_model(name, args.device)) for name in args.models]
-    for data, problems in sets.items():
-        problems, rows = problems[: args.problems], []
-        sampling = {knob: getattr(args, knob) or default
-                    for knob, default in SAMPLING[data == "countdown"].items()}
-        try:
-            for name, model, tokenizer in loaded:
-                kind = model.device.type
-                generator = torch.Generator(model.device).manual_seed(args.seed)
-                with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
-                    rows.append((name, evaluate(
-                        model, tokenizer, problems, args.n, generator=generator, title=name,
+    device = pick_device(args.device)
+    sets = {name: load_problems(Config())[1][: Config.eval_problems] if name == "countdown" else
+            read_problems(name) for name in args.data}  # all, before the first is sampled from
+    tables = {data: [] for data in sets}
+    try:
+        for name in args.models:
+            model, tokenizer = load_model(name, device)
+            for data, problems in sets.items():
+                sampling = {knob: getattr(args, knob) or default
+                            for knob, default in SAMPLING[data == "countdown"].items()}
+                cfg = Config(max_new_tokens=sampling["max_new_tokens"])
+                problems = encode_prompts(problems[: args.problems], model, tokenizer, cfg)
+                generator = torch.Generator(device).manual_seed(args.seed)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+                    tables[data].append((name, evaluate(
+                        model, tokenizer, *problems, args.n, generator, f"{name} on {data}",
                         rollout_tokens=args.rollout_tokens, **sampling)))
-        except KeyboardInterrupt:
-            print("\nstopped; what is complete:")
-        if rows:
-            print(f"\nPass@k on {len(problems)} problems of {data}, {args.n} responses each, "
-                  + ", ".join(f"{knob} {value:g}" for knob, value in sampling.items()))
-            print(*pass_table(rows), sep="\n")
-        if len(rows) < len(loaded):
-            return 130
+    finally:  # Ctrl-C keeps what is complete
+        for data, rows in tables.items():
+            if rows:
+                sampling = ", ".join(f"{knob} {getattr(args, knob) or default:g}" for knob, default
+                                     in SAMPLING[data == "countdown"].items())
+                print(f"\nPass@k on {data}, {args.n} responses to each problem, {sampling}:")
+                print(*pass_table(rows), sep="\n")
     return 0
 
 

@@ -1,20 +1,20 @@
 """Negative sample reinforcement (NSR): train a reasoning model by penalising its wrong answers.
 
-A policy samples G responses to every prompt and a verifier marks each one right or wrong. All the
+A policy samples G responses to every prompt and a verifier marks each correct or not. All the
 methods here minimise one clipped policy-gradient loss and differ only in the advantage A that they
 give to a response:
 
-    method       A if right   A if wrong     source
-    reinforce    1            -1             arXiv:2506.01347
-    psr          1            0              arXiv:2506.01347: learn from the right ones only
-    nsr          0            -1             arXiv:2506.01347: learn from the wrong ones only
-    w-reinforce  lam          -1             arXiv:2506.01347 Eq. 9, lam = 0.1
-    a-nsr        lam(t)       -beta(t)       arXiv:2605.07137: the penalty is annealed
-    cw-nsr       lam          -w(y)          arXiv:2605.07137: weighed by the confidence in y
-    acw-nsr      lam(t)       -beta(t) w(y)  both at once: in neither paper
+    method       A if correct  A if not       source
+    reinforce    1             -1             arXiv:2506.01347
+    psr          1             0              arXiv:2506.01347: learn from the correct ones only
+    nsr          0             -1             arXiv:2506.01347: learn from the incorrect ones only
+    w-reinforce  lam           -1             arXiv:2506.01347 Eq. 9, lam = 0.1
+    a-nsr        lam(t)        -beta(t)       arXiv:2605.07137: the penalty is annealed
+    cw-nsr       lam           -w(y)          arXiv:2605.07137: weighed by the confidence in y
+    acw-nsr      lam(t)        -beta(t) w(y)  both at once: in neither paper
     grpo         (r - mean) / (std + eps) in the prompt's group, KL to the base  arXiv:2402.03300
 
-The file reads in the order in which a step runs: config, data, verification, model, rollout,
+The file reads from top to bottom: config, data, verification, model, rollout,
 schedules, loss, evaluation, checkpoint and log, train, main. Log-probabilities, entropies and
 confidences come straight from the logits through kernels/logprob.py. Left out, so that it can be
 read in one sitting: more than one GPU, inference servers, learned rewards, tools.
@@ -30,12 +30,12 @@ read in one sitting: more than one GPU, inference servers, learned rewards, tool
 import argparse
 import contextlib
 import hashlib
+import importlib.metadata
 import inspect
 import itertools
 import json
 import math
 import os
-import platform
 import random
 import resource
 import shutil
@@ -64,8 +64,9 @@ METHODS = ("reinforce", "psr", "nsr", "w-reinforce", "a-nsr", "cw-nsr", "acw-nsr
 SCHEDULES = ("exponential", "cosine", "accuracy")
 
 
-def flag(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help, choices=None, above=None):
+    """A field of Config and its flag: `help`, and what its value must be one of or above."""
+    return field(default=default, metadata={"help": help, "choices": choices, "above": above})
 
 
 @dataclass
@@ -79,33 +80,34 @@ class Config:
     data: str = flag("countdown", "problems: a JSON Lines file, hf://datasets/OWNER/NAME/FILE, "
                      "countdown, math-train, math-test, math500, amc23, aime2025")
     eval_data: str = flag("", "held-out problems, named likewise; default: some of --data")
-    steps: int = flag(150, "training steps T, one batch of rollouts each")
-    prompts: int = flag(64, "prompts a step")
-    group_size: int = flag(8, "responses a prompt, G")
-    updates: int = flag(2, "optimizer updates a step: mini-batches that the batch is cut into")
-    lr: float = flag(1e-4, "learning rate of AdamW, constant")
+    steps: int = flag(150, "training steps T, one batch each; the schedules end at T", above=0)
+    prompts: int = flag(64, "prompts a step", above=0)
+    group_size: int = flag(8, "responses a prompt, G", above=0)
+    updates: int = flag(2, "optimizer updates a step: mini-batches of the batch", above=0)
+    lr: float = flag(1e-4, "learning rate of AdamW, constant (weight decay 0.01)", above=0)
     seed: int = flag(0, "decides every random draw of the run")
     name: str = flag("", "write to out/NAME; default: METHOD-1, METHOD-2, ...")
     resume: str = flag("", "go on with the run in this directory, by its own settings")
-    max_new_tokens: int = flag(20, "longest response in tokens, stop token included")
-    temperature: float = flag(1.0, "of the sampling; log-probs are taken at the same one")
-    clip: float = flag(0.2, "pi / pi_old is clipped to 1 - CLIP .. 1 + CLIP")
-    lam: float = flag(0.1, "advantage of a right response in w-reinforce and cw-nsr")
+    max_prompt_tokens: int = flag(1024, "problems with longer prompts are left out", above=0)
+    max_new_tokens: int = flag(20, "longest response in tokens, stop token included", above=0)
+    temperature: float = flag(1.0, "sampling temperature; log-probs are taken at it too", above=0)
+    clip: float = flag(0.2, "pi / pi_old is clipped to 1 - CLIP .. 1 + CLIP", above=0)
+    lam: float = flag(0.1, "advantage of a correct response in w-reinforce and cw-nsr")
     schedule: str = flag("exponential", "how beta(t) falls in a-nsr and acw-nsr", SCHEDULES)
-    beta_max: float = flag(1.5, "beta(t) falls from here ...")
-    beta_min: float = flag(0.5, "... towards this")
+    beta_max: float = flag(1.5, "where beta(t) of a-nsr starts")
+    beta_min: float = flag(0.5, "what beta(t) falls towards")
     kappa: float = flag(0.03, "rate of the exponential schedule, per step")
-    lam_min: float = flag(0.05, "lam(t) rises from here ...")
-    lam_max: float = flag(0.2, "... to this")
+    lam_min: float = flag(0.05, "lam(t) of a-nsr at t = 0")
+    lam_max: float = flag(0.2, "lam(t) of a-nsr at t = T")
     entropy_coef: float = flag(0.0, "entropy bonus (1e-4 in the papers)")
     kl_coef: float = flag(None, "KL to the model before training; default: 1e-3 in grpo, else 0")
-    grad_clip: float = flag(1.0, "largest norm of the gradient")
+    grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
     eval_every: int = flag(0, "Pass@k every so many steps; 0: only before and after training")
-    eval_problems: int = flag(200, "held-out problems")
-    eval_samples: int = flag(256, "responses to each held-out problem: n of Pass@k")
-    save_every: int = flag(25, "steps between checkpoints")
-    rollout_tokens: int = flag(2**16, "most tokens in the KV cache at once, prompts included")
-    micro_tokens: int = flag(2**13, "most tokens in one forward and backward pass, pads included")
+    eval_problems: int = flag(200, "held-out problems to evaluate on", above=0)
+    eval_samples: int = flag(256, "responses to each of them: n of Pass@k", above=0)
+    save_every: int = flag(25, "steps between checkpoints", above=0)
+    rollout_tokens: int = flag(2**16, "most tokens in the KV cache, prompts included", above=0)
+    micro_tokens: int = flag(2**13, "most tokens in a training pass, pads included", above=0)
     bf16: bool = flag(False, "bf16 autocast over the float32 weights")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
     device: str = flag("", "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu")
@@ -120,9 +122,9 @@ PRESETS = {
     "qwen-math": QWEN_MATH,  # the paper's settings at 1/8 of its batch and 2/3 of its length
     "qwen-math-paper": QWEN_MATH | dict(prompts=1024, max_new_tokens=3072, entropy_coef=1e-4),
 }
-POSITIVE = ("steps", "prompts", "group_size", "updates", "lr", "max_new_tokens", "temperature",
-            "grad_clip", "eval_problems", "eval_samples", "save_every", "rollout_tokens",
-            "micro_tokens")
+# what a resumed run may change: neither method, model nor data
+RESUMABLE = ("steps", "eval_every", "save_every", "device", "rollout_tokens", "micro_tokens",
+             "gradient_checkpointing")
 
 
 class UserError(Exception):
@@ -138,18 +140,26 @@ def resolve(given):
     preset = given.get("preset") or ("qwen-math" if own else "countdown")
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: unknown; choose from {', '.join(PRESETS)}")
-    split = {"eval_data": ""} if "data" in given else {}  # the preset's goes with its own --data
-    cfg = Config(**PRESETS[preset] | split | given | {"preset": preset})
+    settings = PRESETS[preset] | given | {"preset": preset}
+    if "eval_data" not in given and given.get("data") not in (None, PRESETS[preset].get("data")):
+        settings["eval_data"] = ""  # the preset's goes with its own --data
+    cfg = Config(**settings)
     if cfg.kl_coef is None:
         cfg.kl_coef = 1e-3 if cfg.method == "grpo" else 0.0
-    for knob in POSITIVE:
-        if not 0 < getattr(cfg, knob) < math.inf:
-            raise UserError(f"--{knob.replace('_', '-')} {getattr(cfg, knob)}: must be above 0")
+    check(cfg)
+    return cfg
+
+
+def check(cfg):
+    """Raises UserError where a setting is out of range or two do not fit together."""
+    for knob in fields(Config):
+        above, value = knob.metadata["above"], getattr(cfg, knob.name)
+        if above is not None and not above < value < math.inf:
+            raise UserError(f"--{knob.name.replace('_', '-')} {value}: must be above {above}")
     if cfg.prompts % cfg.updates:
         raise UserError(f"--prompts {cfg.prompts} does not divide into --updates {cfg.updates}")
     if cfg.method == "grpo" and cfg.group_size < 2:
         raise UserError("--method grpo compares the responses of a group: --group-size 2 or more")
-    return cfg
 
 
 # --------------------------------------------------------------------------------------------------
@@ -160,7 +170,7 @@ class Problem(NamedTuple):
     question: str
     answer: str  # gold
     instruction: str  # follows the question in the prompt
-    verify: Callable[[str, str], bool]  # (response, answer) -> is it right
+    verify: Callable[[str, str], bool]  # (response, answer) -> is it correct
 
 
 GITHUB = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/main/evaluation/data"
@@ -213,17 +223,13 @@ def parse_problem(row):
         found.append(row["reward_model"].get("ground_truth"))
     solution = row.get("solution") or ""
     found.append(extract_answer("\n".join(solution) if isinstance(solution, list) else solution))
-    answer = next((a for a in found if a not in (None, "", [])), None)
-    if answer is None:
+    answer = next((a for a in found if a not in (None, "", [])), "")
+    parts = [int(a) if isinstance(a, float) and a.is_integer() else str(a).split("####")[-1].strip()
+             for a in (answer if isinstance(answer, list) else [answer])]
+    answer = ", ".join(re.sub(r"^\$+([^$]+)\$+$", r"\1", str(a)).strip() for a in parts)
+    if not answer:
         raise ValueError("no answer in answer, final_answer, Answer or reward_model.ground_truth, "
                          "and no \\boxed{} in solution")
-    if isinstance(answer, list):
-        answer = ", ".join(map(str, answer))
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
-    answer = str(answer).split("####")[-1].strip()
-    if len(answer) > 2 and answer[0] == answer[-1] == "$":
-        answer = answer.strip("$").strip()
     return Problem(question, answer, "Please reason step by step, and put your final answer within "
                    "\\boxed{}.", verify)
 
@@ -253,23 +259,22 @@ def read_problems(name):
     return list(problems.values())
 
 
+def shuffled_problems(name):
+    """read_problems(name) in an order that is the same in every run."""
+    problems = read_problems(name)
+    return random.Random(0).sample(problems, len(problems))
+
+
 def load_problems(cfg):
     """(train, held_out): two lists of Problem that share no question. Raises UserError.
 
-    The split has a seed of its own, so all runs are judged by the same problems.
+    A tenth of --data is held out where there is no --eval-data, the same in every run.
     """
-    problems = random.Random(0).sample(found := read_problems(cfg.data), len(found))
-    if cfg.eval_data:
-        held_out = random.Random(0).sample(found := read_problems(cfg.eval_data), len(found))
-        held_out = held_out[: cfg.eval_problems]
-    else:
-        held_out = problems[: min(cfg.eval_problems, len(problems) // 5)]
+    problems = shuffled_problems(cfg.data)
+    held_out = (shuffled_problems(cfg.eval_data) if cfg.eval_data else
+                problems[: len(problems) // 10])
     questions = {p.question for p in held_out}
-    train = [p for p in problems if p.question not in questions]
-    if len(train) < cfg.prompts or not held_out:
-        raise UserError(f"{cfg.data} has {len(train)} problems to train on and {len(held_out)} to "
-                        f"hold out: too few for --prompts {cfg.prompts}")
-    return train, held_out
+    return [p for p in problems if p.question not in questions], held_out
 
 
 def batch_indices(step, prompts, count, seed):
@@ -406,8 +411,6 @@ def load_model(name, device):
     The model is in float32, without dropout: rollout and training pass see one policy.
     Raises UserError.
     """
-    if name == "countdown":
-        torch.set_num_threads(1)  # so small a model gains nothing from more, and loses to waiting
     path = countdown_base() if name == "countdown" else name
     path = Path(path, "checkpoint") if Path(path, "checkpoint").is_dir() else path
     try:
@@ -421,37 +424,57 @@ def load_model(name, device):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
+    tokens = {k: getattr(model.generation_config, k) for k in ("eos_token_id", "pad_token_id")}
+    model.generation_config = transformers.GenerationConfig(**tokens)  # others may fail to save
     return model.to(device), tokenizer
+
+
+def speaks_chat_ml(model, tokenizer):
+    return "qwen" in model.config.model_type and "<|im_start|>" in tokenizer.get_vocab()
 
 
 def stop_tokens(model, tokenizer):
     """Sorted ids of all tokens that end a response: a model may have several."""
     ids = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
+    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])}
+    if speaks_chat_ml(model, tokenizer):  # its base models name the end of text only
+        ids.add(tokenizer.get_vocab().get("<|im_end|>"))
+    return sorted(ids - {None})
 
 
-def encode_prompts(problems, model, tokenizer, max_new_tokens):
-    """Token ids (a list of int) of the prompt of each problem, in the form that the model knows.
+def encode_prompts(problems, model, tokenizer, cfg):
+    """(problems, prompts): those that fit, and their token ids in the form that the model knows.
 
-    Raises UserError where prompt and response exceed the model's context.
+    Prompts over cfg.max_prompt_tokens are left out, and this is said. Raises UserError where none
+    is left, or where prompt and response exceed the model's context.
     """
-    encoded, limit = [], getattr(model.config, "max_position_embeddings", None) or math.inf
-    chat_ml = "qwen" in model.config.model_type and "<|im_start|>" in tokenizer.get_vocab()
+    kept, left_out = [], 0
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     for problem in problems:
-        text = f"{problem.question}\n{problem.instruction}"
-        if chat_ml:
+        text, bare = f"{problem.question}\n{problem.instruction}", False
+        if speaks_chat_ml(model, tokenizer):
             text = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
                     f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
         elif tokenizer.chat_template:
             text = tokenizer.apply_chat_template([{"role": "user", "content": text}],
                                                  tokenize=False, add_generation_prompt=True)
-        bare = not chat_ml and not tokenizer.chat_template  # a template writes its own bos
+        else:
+            bare = True  # a template would write its own bos
         ids = tokenizer(text, add_special_tokens=bare)["input_ids"]
-        if len(ids) + max_new_tokens > limit:
-            raise UserError(f"a prompt of {len(ids)} tokens and --max-new-tokens {max_new_tokens} "
-                            f"exceed the model's context of {limit}: {problem.question[:60]!r}...")
-        encoded.append(ids)
-    return encoded
+        if len(ids) > cfg.max_prompt_tokens:
+            left_out += 1
+        elif len(ids) + cfg.max_new_tokens > limit:
+            raise UserError(
+                f"a prompt of {len(ids)} tokens and --max-new-tokens {cfg.max_new_tokens} exceed "
+                f"the model's context of {limit}; lower that or --max-prompt-tokens")
+        else:
+            kept.append((problem, ids))
+    if not kept:
+        raise UserError(f"no prompt is within --max-prompt-tokens {cfg.max_prompt_tokens}")
+    if left_out:
+        live(f"left out: {left_out} of {len(problems)} problems, with prompts of more than "
+             f"{cfg.max_prompt_tokens} tokens", done=True)
+    return map(list, zip(*kept))
 
 
 WARM_UP = dict(seed=0, steps=2500, batch=64, lr=4e-3)
@@ -463,8 +486,8 @@ def countdown_base():
     Supervised on random correct expressions of problems that are not held out, for few enough
     steps that it stays imperfect and diverse: what a base model is to reinforcement learning.
     """
-    made_by = (countdown_problems, countdown_example, random_expression, load_problems,
-               countdown_tokenizer, countdown_base, warm_up)
+    made_by = (countdown_problems, countdown_example, random_expression, shuffled_problems,
+               load_problems, countdown_tokenizer, countdown_base, warm_up)
     key = repr((WARM_UP, torch.__version__, transformers.__version__,
                 *map(inspect.getsource, made_by)))
     path = Path("out", f"base-{hashlib.sha1(key.encode()).hexdigest()[:10]}")
@@ -509,11 +532,11 @@ def warm_up(model, tokenizer, seed, steps, batch, lr):
         pairs = (countdown_example(rng) for _ in itertools.count())
         pairs = itertools.islice((p for p in pairs if p[0].question not in held_out), batch)
         questions, expressions = zip(*((p.question, f"\\boxed{{{e}}}<eos>") for p, e in pairs))
-        texts = collate([Response(prompt, ids, [0.0] * len(ids), True) for prompt, ids in zip(
-            tokenizer(questions)["input_ids"], tokenizer(expressions)["input_ids"])])
-        logp = token_stats(model, texts, range(batch), temperature=1.0).logprobs
+        texts = [Response(prompt, ids, [], True) for prompt, ids in zip(
+            tokenizer(questions)["input_ids"], tokenizer(expressions)["input_ids"])]
+        stats, loss_mask = token_stats(model, texts, temperature=1.0)
         optimizer.zero_grad()
-        (-logp.sum() / texts.loss_mask.sum()).backward()
+        (-stats.logprobs.sum() / loss_mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -610,67 +633,57 @@ def _rollout(model, rows, max_new_tokens, stop_ids, generator, temperature, top_
         rows, ids.tolist(), logp.tolist(), length.tolist(), stopped.tolist())]
 
 
-@dataclass
-class Batch:
-    """B responses: prompts padded on the left to P tokens, responses on the right to R tokens."""
+def collate(responses, device):
+    """Responses as tensors: prompts padded on the left to P tokens, responses on the right to R.
 
-    input_ids: torch.Tensor  # (B, P + R) int64
-    attention_mask: torch.Tensor  # (B, P + R) int64
-    loss_mask: torch.Tensor  # (B, R) bool: the response, its stop token included
-    sampled_logp: torch.Tensor  # (B, R) float32: as drawn by the rollout
-    old_logp: torch.Tensor = None  # (B, R) float32: by the training pass, before any update
-    ref_logp: torch.Tensor = None  # (B, R) float32: by the model before training
-    adv: torch.Tensor = None  # (B,) float32
-
-
-def collate(responses, device="cpu"):
-    """Batch of a list of Response."""
-    p, r = (max(len(x[i]) for x in responses) for i in (0, 1))
+    Returns ids (B, P + R) int64, attention mask (B, P + R) int64, loss mask (B, R) bool: the
+    tokens of the response, its stop token included.
+    """
+    p, r = max(len(x.prompt_ids) for x in responses), max(len(x.ids) for x in responses)
     pads = [(p - len(x.prompt_ids), r - len(x.ids)) for x in responses]
-
-    def tensor(rows, dtype):
-        return torch.tensor(rows, dtype=dtype).to(device)
-
-    return Batch(  # masks from lengths, not ids: pad may equal eos
-        tensor([[0] * a + x.prompt_ids + x.ids + [0] * b for x, (a, b) in zip(responses, pads)],
-               torch.long),
-        tensor([[0] * a + [1] * (p + r - a - b) + [0] * b for a, b in pads], torch.long),
-        tensor([[1] * (r - b) + [0] * b for _, b in pads], torch.bool),
-        tensor([x.logp + [0.0] * b for x, (_, b) in zip(responses, pads)], torch.float32))
+    ids = [[0] * a + x.prompt_ids + x.ids + [0] * b for x, (a, b) in zip(responses, pads)]
+    left, right = torch.tensor(pads).T[..., None]
+    column = torch.arange(p + r)
+    mask = (column >= left) & (column < p + r - right)  # from lengths, not ids: pad may equal eos
+    return torch.tensor(ids, device=device), mask.long().to(device), mask[:, p:].to(device)
 
 
-def micro_batches(batch, rows, micro_tokens):
+def token_stats(model, responses, temperature):
+    """(TokenStats, loss mask) of the tokens of responses: (B, R), (B, R), (B,) float32; (B, R)."""
+    ids, mask, loss_mask = collate(responses, model.device)
+    r, positions = loss_mask.shape[1], (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
+                   use_cache=False, logits_to_keep=r).logits
+    return token_stats_from_logits(logits, ids[:, -r:], temperature=temperature,
+                                   mask=loss_mask), loss_mask
+
+
+def micro_batches(responses, rows, micro_tokens):
     """Cut `rows` (row numbers) into lists of like length that fit the budget, padding included."""
-    response = batch.loss_mask.sum(1)
-    prompt = batch.attention_mask.sum(1) - response
-    sizes, cut, p, r = list(zip(prompt.tolist(), response.tolist())), [], 0, 0
-    for row in sorted(rows, key=lambda i: sum(sizes[i])):
-        p, r = max(p, sizes[row][0]), max(r, sizes[row][1])
+    cut, p, r = [], 0, 0
+    for i in sorted(rows, key=lambda i: len(responses[i].prompt_ids) + len(responses[i].ids)):
+        p, r = max(p, len(responses[i].prompt_ids)), max(r, len(responses[i].ids))
         if not cut or (len(cut[-1]) + 1) * (p + r) > micro_tokens:
             cut.append([])
-            p, r = sizes[row]
-        cut[-1].append(row)
+            p, r = len(responses[i].prompt_ids), len(responses[i].ids)
+        cut[-1].append(i)
     return cut
 
 
-def token_stats(model, batch, rows, temperature):
-    """TokenStats of the response tokens of some rows: (b, R), (b, R) and (b,), float32.
+@torch.no_grad()
+def score(model, responses, cfg):
+    """(log-probs, entropies, confidences) without gradient: lists of B tensors (tokens,), and (B,).
 
-    Columns that are padding in all these rows stay out of the pass and come back as zeros.
+    By the training pass, at the sampling temperature.
     """
-    rows = list(rows)
-    loss_mask, mask = batch.loss_mask[rows], batch.attention_mask[rows]
-    r = int(loss_mask.sum(1).max())
-    skipped = loss_mask.shape[1] - r
-    used = slice(int(mask.argmax(1).min()), mask.shape[1] - skipped)
-    ids, mask = batch.input_ids[rows, used], mask[:, used]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
-                   use_cache=False, logits_to_keep=r).logits
-    stats = token_stats_from_logits(logits, ids[:, -r:], temperature=temperature,
-                                    mask=loss_mask[:, :r])
-    logp, entropy = (torch.nn.functional.pad(x, (0, skipped)) for x in stats[:2])
-    return TokenStats(logp, entropy, stats.confidence)
+    model.eval()
+    logp, entropy, confidence = ([None] * len(responses) for _ in range(3))
+    for rows in micro_batches(responses, range(len(responses)), cfg.micro_tokens):
+        stats, _ = token_stats(model, [responses[i] for i in rows], cfg.temperature)
+        for i, *row in zip(rows, *stats):
+            n = len(responses[i].ids)
+            logp[i], entropy[i], confidence[i] = row[0][:n], row[1][:n], row[2]
+    return logp, entropy, torch.stack(confidence)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -703,7 +716,7 @@ def lam_schedule(cfg, t):
 
 
 def method_weights(cfg, t, accuracy):
-    """(lam, beta) of cfg.method at step t: a right response has A = lam, a wrong one A = -beta."""
+    """(lam, beta) of cfg.method at step t: a correct response has A = lam, another A = -beta."""
     if cfg.method in ("a-nsr", "acw-nsr"):  # A-NSR
         return lam_schedule(cfg, t), beta_schedule(cfg, t, accuracy)
     return {"psr": (1.0, 0.0), "nsr": (0.0, 1.0), "w-reinforce": (cfg.lam, 1.0),
@@ -725,7 +738,7 @@ def confidence_weight(confidence):
 def advantages(method, reward, confidence, lam, beta, eps=1e-6):
     """Advantage A of every response, (P, G) float32.
 
-    reward: (P, G) float32, 1 if right, -1 if wrong; confidence: (P, G) float32, c(y).
+    reward: (P, G) float32, 1 correct, -1 incorrect; confidence: (P, G) float32, c(y).
 
     >>> reward, confidence = torch.tensor([[1., -1., -1.]]), torch.tensor([[.9, .6, .01]])
     >>> advantages("cw-nsr", reward, confidence, lam=0.1, beta=1.0)
@@ -761,7 +774,7 @@ def kl_to_reference(logp, ref_logp):
 
 
 def pass_at_k(n, c, k):
-    """Unbiased Pass@k from n samples of which c are right: 1 - C(n - c, k) / C(n, k).
+    """Unbiased Pass@k from n samples of which c are correct: 1 - C(n - c, k) / C(n, k).
 
     >>> pass_at_k(4, 1, 2)
     0.5
@@ -773,18 +786,26 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(model, tokenizer, problems, n, max_new_tokens, generator, title, **sampling):
-    """{k: mean Pass@k over problems} for k = 1, 2, 4, ... n, from n responses to each problem."""
-    started, correct = time.time(), []
-    prompts = encode_prompts(problems, model, tokenizer, max_new_tokens)
-    responses = rollout(model, prompts, n, max_new_tokens, stop_tokens(model, tokenizer), generator,
-                        **sampling)
+def evaluate(model, tokenizer, problems, prompts, n, generator, title, **sampling):
+    """{k: mean Pass@k over problems} for k = 1, 2, 4, ... n, from n responses to each problem.
+
+    prompts: the token ids of problems. sampling: what rollout() takes.
+    """
+    started, correct, tokens = time.time(), [], 0
+
+    def tick(count):
+        nonlocal tokens
+        tokens += count
+        left = (time.time() - started) * (len(problems) / max(1, len(correct)) - 1)
+        live(f"{title}: {len(correct)}/{len(problems)} problems, {tokens:,} tokens"
+             + f", {duration(left)} left" * bool(correct))
+
+    responses = rollout(model, prompts, n, stop_ids=stop_tokens(model, tokenizer),
+                        generator=generator, tick=tick, **sampling)
     for problem in problems:
         group = [r.ids for r in itertools.islice(responses, n)]
         texts = tokenizer.batch_decode(group, skip_special_tokens=True)
         correct.append(sum(problem.verify(text, problem.answer) for text in texts))
-        left = (time.time() - started) / len(correct) * (len(problems) - len(correct))
-        live(f"{title}: {len(correct)}/{len(problems)} problems, {duration(left)} left")
     return {k: sum(pass_at_k(n, c, k) for c in correct) / len(correct)
             for k in (2**i for i in range(n.bit_length()))}
 
@@ -809,7 +830,7 @@ class Run:
     path: Path  # out/NAME
     problems: list  # of Problem, to train on
     prompts: list  # their token ids
-    held_out: list  # of Problem
+    held_out: tuple  # (problems, prompts) to evaluate on
     model: torch.nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     reference: torch.nn.Module  # the model before training; None where nothing asks for its KL
@@ -832,12 +853,15 @@ def duration(seconds):
     return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
 
 
-def live(text, done=False, shown=[time.time()]):
+def live(text, done=False):
     """Show where a long phase stands: in place on a terminal, every half minute in a log."""
-    terminal = sys.stdout.isatty()
-    if done or time.time() - shown[0] > (0.2 if terminal else 30):
-        shown[0] = time.time()
+    terminal, now = sys.stdout.isatty(), time.time()
+    if done or now - live.shown > (0.2 if terminal else 30):
+        live.shown = now
         print("\r\033[K" * terminal + text, end="\n" * (done or not terminal), flush=True)
+
+
+live.shown = time.time()
 
 
 def write_whole(path, content):
@@ -851,6 +875,7 @@ def write_whole(path, content):
 def whole_directory(path):
     """Yields a new directory that takes the place of `path` once the block has ended well."""
     unfinished, old = Path(f"{path}.{os.getpid()}.tmp"), Path(f"{path}.old")
+    shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
@@ -898,12 +923,12 @@ def load_checkpoint(path, device):
     checkpoint, old = path / "checkpoint", path / "checkpoint.old"
     if old.exists() and not checkpoint.exists():
         os.rename(old, checkpoint)
-    for rest in path.glob("checkpoint.*"):
-        shutil.rmtree(rest)
+    for rest in (old, *path.glob("checkpoint.*.tmp")):
+        shutil.rmtree(rest, ignore_errors=True)
     if not checkpoint.exists():
         return None
     try:
-        state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
+        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         return *load_model(checkpoint, device), state
     except Exception as e:  # damaged bytes raise anything
         raise UserError(f"{checkpoint} is damaged ({first_line(e)}); put a copy back, or remove it "
@@ -921,14 +946,14 @@ def append_log(path, rows):
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def print_step(m, left):
-    """One line of a step's metrics for a person, under a header every 20 lines."""
-    if m["step"] % 20 == 1:
-        print("   step    correct  length  cut  entropy  logp+  logp-   lam  beta   grad  clip   "
-              "tokens/s rollout update memory   left")
+def print_step(m, left, header):
+    """A step's metrics (dict) as one line for a person; logp+ and logp-: of correct, incorrect."""
+    if header:
+        live("   step    correct  length  cut  entropy  logp+  logp-   lam  beta   grad  clip   "
+             "tokens/s rollout update memory   left", done=True)
     t, nan, step = m["time"], math.nan, f"{m['step']:>5}/{m['steps']:<5}"
     live(f"{step} {m['correct']:6.1%} {m['length']:7.1f} {m['truncated']:4.0%} "
-         f"{m['entropy']:8.3f} {m['logp_right'] or nan:6.2f} {m['logp_wrong'] or nan:6.2f} "
+         f"{m['entropy']:8.3f} {m['logp_correct'] or nan:6.2f} {m['logp_incorrect'] or nan:6.2f} "
          f"{m['lam']:5.2f} {m['beta']:5.2f} {m['grad_norm']:6.3f} {m['clip_frac']:5.1%} "
          f"{t['tokens_per_s']:10,.0f} {t['rollout']:6.2f}s {t['update']:5.2f}s "
          f"{t['memory_gb']:4.1f}GB {duration(left):>6}", done=True)
@@ -936,53 +961,66 @@ def print_step(m, left):
 
 def plot(run):
     """Draw metrics.jsonl as curves.png."""
-    from matplotlib.figure import Figure  # here: training needs it only once in a while
+    from matplotlib.figure import Figure  # slow to import
     rows = read_log(run.path / "metrics.jsonl")
     steps = [row for row in rows if "correct" in row]
     figure = Figure(figsize=(12, 6), layout="constrained")
     *panels, last = figure.subplots(2, 3).flat
-    for axis, (title, keys) in zip(panels, {
-            "share of right responses": ["correct"], "entropy, nats a token": ["entropy"],
-            "length, tokens": ["length"], "mean log-prob a token": ["logp_right", "logp_wrong"],
-            "weights": ["lam", "beta"]}.items()):
+    for axis, keys in zip(panels, (["correct"], ["entropy"], ["length"],
+                                   ["logp_correct", "logp_incorrect"], ["lam", "beta"])):
         for key in keys:
-            axis.plot([row["step"] for row in steps],
-                      [math.nan if row[key] is None else row[key] for row in steps], label=key)
-        axis.set(title=title, xlabel="step")
-        axis.legend()
+            axis.plot([row["step"] for row in steps], np.array([row[key] for row in steps], float),
+                      label=key)
+        axis.set(title=", ".join(keys), xlabel="step")
+    panels[3].legend()
+    panels[4].legend()
     for row in rows:
         if "pass_at_k" in row:
             last.semilogx(*zip(*((int(k), p) for k, p in row["pass_at_k"].items())), ".-", base=2,
                           color=str(0.8 * (1 - row["step"] / run.cfg.steps)),
                           label=f"step {row['step']}")
-    last.set(title=f"Pass@k, {len(run.held_out)} held-out problems", xlabel="k")
+    last.set(title=f"Pass@k of {len(run.held_out[0])} held-out problems", xlabel="k")
     last.legend()
     figure.suptitle(f"{run.path.name}: {run.cfg.method} on {run.cfg.data}")
     figure.savefig(run.path / "curves.png")
+
+
+def mean(values):
+    """Mean of a tensor as a float; None if it is empty."""
+    return values.float().mean().item() if values.numel() else None
+
+
+def peak_memory(device):
+    """Peak memory in GB: of the GPU if the run is on one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # --------------------------------------------------------------------------------------------------
 # train
 
 
-def generator(run, purpose):
+@dataclass
+class Batch:
+    """What the updates of a step learn from: B = prompts x group_size responses."""
+
+    responses: list  # of Response, grouped by prompt
+    old_logp: list  # of B tensors (tokens,) float32: by the training pass, before any update
+    ref_logp: list  # the same by the model before training, or None
+    adv: torch.Tensor  # (B,) float32
+
+
+def seeded(run, purpose):
     """A torch.Generator whose draws follow from the run's seed and the `purpose` (str) alone."""
     digest = hashlib.sha1(f"{run.cfg.seed} {purpose}".encode()).digest()
     return torch.Generator(run.model.device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def autocast(run):
+    """Where it is on, matrix products are in bf16; weights and log-probs stay in float32."""
     return torch.autocast(run.model.device.type, torch.bfloat16, enabled=run.cfg.bf16)
-
-
-@torch.no_grad()
-def score(model, batch, cfg):
-    """TokenStats of the whole batch, (B, R), (B, R) and (B,), without gradient."""
-    model.eval()
-    cut = micro_batches(batch, range(len(batch.input_ids)), cfg.micro_tokens)
-    parts = [token_stats(model, batch, rows, cfg.temperature) for rows in cut]
-    order = torch.tensor(list(itertools.chain(*cut))).argsort().to(batch.input_ids.device)
-    return TokenStats(*(torch.cat(column)[order] for column in zip(*parts)))
 
 
 def collect(run):
@@ -999,63 +1037,58 @@ def collect(run):
     with autocast(run):
         responses = list(rollout(
             run.model, [run.prompts[i] for i in chosen], cfg.group_size, cfg.max_new_tokens,
-            stop_tokens(run.model, run.tokenizer), generator(run, f"rollout {run.step}"),
+            stop_tokens(run.model, run.tokenizer), seeded(run, f"rollout {run.step}"),
             temperature=cfg.temperature, rollout_tokens=cfg.rollout_tokens, tick=tick))
     clock.append(time.time())
     texts = run.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
     asked = [run.problems[i] for i in chosen for _ in range(cfg.group_size)]
-    right = torch.tensor([p.verify(text, p.answer) for p, text in zip(asked, texts)])
+    correct = torch.tensor([p.verify(text, p.answer) for p, text in zip(asked, texts)])
     clock.append(time.time())
-    batch = collate(responses, run.model.device)
     with autocast(run):
-        batch.old_logp, entropy, confidence = score(run.model, batch, cfg)
-        if run.reference is not None:
-            batch.ref_logp = score(run.reference, batch, cfg).logprobs
+        old_logp, entropy, confidence = score(run.model, responses, cfg)
+        ref_logp = score(run.reference, responses, cfg)[0] if run.reference is not None else None
 
     # the schedules move with the step: once per batch of rollouts, not per mini-batch or loss call
-    lam, beta = method_weights(cfg, run.step, accuracy=mean(right))
-    reward = torch.where(right, 1.0, -1.0).to(confidence).view(cfg.prompts, cfg.group_size)
+    lam, beta = method_weights(cfg, run.step, accuracy=mean(correct))
+    reward = torch.where(correct, 1.0, -1.0).to(confidence).view(cfg.prompts, cfg.group_size)
     adv = advantages(cfg.method, reward, confidence.view_as(reward), lam, beta)
-    batch.adv = adv.flatten()
+    batch = Batch(responses, old_logp, ref_logp, adv.flatten())
     clock.append(time.time())
 
-    mask, logp = batch.loss_mask, confidence.log().cpu()
+    logp, sampled_logp = confidence.log().cpu(), torch.tensor(sum((r.logp for r in responses), []))
     metrics = {
-        "step": run.step + 1, "steps": cfg.steps, "correct": mean(right),
+        "step": run.step + 1, "steps": cfg.steps, "correct": mean(correct),
         "boxed": mean(torch.tensor([extract_answer(text) is not None for text in texts])),
         "truncated": mean(torch.tensor([not r.stopped for r in responses])),
-        "length": mean(mask.sum(1)), "entropy": mean(entropy[mask]),
-        "logp_right": mean(logp[right]), "logp_wrong": mean(logp[~right]), "lam": lam, "beta": beta,
-        "adv_wrong": mean(batch.adv.cpu()[~right]), "tokens": int(mask.sum()),
-        "rollout_gap": mean((batch.old_logp - batch.sampled_logp).abs()[mask]),
+        "length": len(sampled_logp) / len(responses), "tokens": len(sampled_logp),
+        "entropy": mean(torch.cat(entropy)), "logp_correct": mean(logp[correct]),
+        "logp_incorrect": mean(logp[~correct]), "lam": lam, "beta": beta,
+        "adv_incorrect": mean(batch.adv.cpu()[~correct]),
+        "rollout_gap": mean((torch.cat(old_logp).cpu() - sampled_logp).abs()),
         "time": {"rollout": clock[1] - clock[0], "verify": clock[2] - clock[1],
                  "score": clock[3] - clock[2]}}
-    picked = torch.cat([right.nonzero()[:1, 0], (~right).nonzero()[:1, 0]]).tolist()
-    samples = [{"step": run.step + 1, "right": bool(right[i]), "question": asked[i].question,
+    picked = torch.cat([correct.nonzero()[:1, 0], (~correct).nonzero()[:1, 0]]).tolist()
+    samples = [{"step": run.step + 1, "correct": bool(correct[i]), "question": asked[i].question,
                 "answer": asked[i].answer, "response": texts[i], "confidence": float(confidence[i])}
                for i in picked]
     return batch, metrics, samples
 
 
-def mean(values):
-    """Mean of a tensor as a float; None if it is empty."""
-    return values.float().mean().item() if values.numel() else None
-
-
 def warn(run, batch, metrics, samples):
     """Say once what keeps a run from learning while it looks healthy."""
+    idle = not batch.adv.any() and not run.cfg.kl_coef and not run.cfg.entropy_coef
     for key, found, text in (
             ("cut", metrics["truncated"] > 0.5,
-             "most responses are cut at --max-new-tokens and count as wrong: raise it"),
+             "most responses are cut at --max-new-tokens, often before their answer: raise it"),
             ("box", metrics["boxed"] == 0,
-             "no response has a \\boxed{} answer, so all count as wrong: does the model know this "
-             "form of prompt, and is --max-new-tokens enough?"),
+             "no response has a \\boxed{} answer, so all count as incorrect: does the model know "
+             "this form of prompt, and is --max-new-tokens enough?"),
             ("wrong", metrics["correct"] == 0 < metrics["boxed"],
-             f"all responses are wrong; one ends {samples[0]['response'][-80:]!r} where the answer "
-             f"is {samples[0]['answer']!r}"),
-            ("nothing", not batch.adv.any(),
+             f"all responses are incorrect; one ends {samples[0]['response'][-80:]!r} where the "
+             f"answer is {samples[0]['answer']!r}"),
+            ("idle", idle,
              f"{run.cfg.method} has nothing to learn from a batch with {metrics['correct']:.0%} "
-             "right responses: every advantage is 0, and there was no update"),
+             "correct responses: every advantage is 0, and there was no update"),
             ("gap", metrics["rollout_gap"] > 0.1,
              f"log-probs of rollout and training pass differ by {metrics['rollout_gap']:.2f}")):
         if found and key not in run.warned:
@@ -1070,40 +1103,46 @@ def update(run, batch):
     """
     cfg, model, norms, clipped = run.cfg, run.model, [], 0
     model.train()  # gradient checkpointing asks for it; there is no dropout
-    for mini in torch.arange(len(batch.adv)).chunk(cfg.updates):
+    pad, adv_of = torch.nn.utils.rnn.pad_sequence, batch.adv.tolist()
+    for mini in torch.arange(len(adv_of)).chunk(cfg.updates):
         # ONE denominator, before the cut into micro-batches. A = 0 counts in it, so all methods
         # divide by the same number; but its gradient is 0, so it needs no forward pass.
-        denom = int(batch.loss_mask[mini].sum())
-        rows = mini[(batch.adv[mini] != 0).cpu() | bool(cfg.entropy_coef or cfg.kl_coef)].tolist()
+        denom = sum(len(batch.responses[i].ids) for i in mini)
+        rows = [i for i in mini.tolist() if adv_of[i] or cfg.entropy_coef or cfg.kl_coef]
         if not rows:
             continue
         run.optimizer.zero_grad()
-        for micro in micro_batches(batch, rows, cfg.micro_tokens):
+        total = 0.0
+        for micro in micro_batches(batch.responses, rows, cfg.micro_tokens):
             with autocast(run):
-                logp, entropy, _ = token_stats(model, batch, micro, cfg.temperature)
-            old_logp, adv, mask = batch.old_logp[micro], batch.adv[micro], batch.loss_mask[micro]
+                stats, mask = token_stats(model, [batch.responses[i] for i in micro],
+                                          cfg.temperature)
+            logp, adv = stats.logprobs, batch.adv[micro]
+            old_logp = pad([batch.old_logp[i] for i in micro], batch_first=True)
             loss = policy_loss(logp, old_logp, adv, mask, denom, cfg.clip)
             if cfg.entropy_coef:
-                loss = loss - cfg.entropy_coef * entropy[mask].sum() / denom
+                loss = loss - cfg.entropy_coef * stats.entropy[mask].sum() / denom
             if cfg.kl_coef:
-                kl = kl_to_reference(logp, batch.ref_logp[micro])
-                loss = loss + cfg.kl_coef * kl[mask].sum() / denom
+                ref_logp = pad([batch.ref_logp[i] for i in micro], batch_first=True)
+                loss = loss + cfg.kl_coef * kl_to_reference(logp, ref_logp)[mask].sum() / denom
             loss.backward()
+            total += loss.item()
             rho, adv = (logp.detach() - old_logp).exp(), adv[:, None]
             stopped = (adv > 0) & (rho > 1 + cfg.clip) | (adv < 0) & (rho < 1 - cfg.clip)
             clipped += int(stopped[mask].sum())
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
-        if not math.isfinite(norms[-1] + loss.item()):
+        if not math.isfinite(norms[-1] + total):
             raise UserError(f"step {run.step + 1}: the loss or its gradient is not finite; stopped "
-                            f"before the update, {run.path}/checkpoint is sound; try a lower --lr")
+                            f"before the update, what {run.path} holds is sound; start a new run "
+                            "with a lower --lr")
         run.optimizer.step()
     return {"updates": len(norms), "grad_norm": sum(norms) / max(1, len(norms)),
-            "clip_frac": clipped / int(batch.loss_mask.sum())}
+            "clip_frac": clipped / sum(len(r.ids) for r in batch.responses)}
 
 
 def train(run):
     """Train from run.step to cfg.steps. Returns {step: {k: Pass@k}} of its evaluations."""
-    cfg, began, first_step, log = run.cfg, time.time(), run.step, run.path / "metrics.jsonl"
+    cfg, log, first_step, spent = run.cfg, run.path / "metrics.jsonl", run.step, 0.0
     scores = {row["step"]: {int(k): score for k, score in row["pass_at_k"].items()}
               for row in read_log(log) if "pass_at_k" in row}
     while True:
@@ -1111,37 +1150,34 @@ def train(run):
         if due and run.step not in scores:
             with autocast(run):
                 scores[run.step] = evaluate(
-                    run.model, run.tokenizer, run.held_out, cfg.eval_samples, cfg.max_new_tokens,
-                    generator(run, f"evaluation {run.step}"), f"Pass@k at step {run.step}",
-                    temperature=cfg.temperature, rollout_tokens=cfg.rollout_tokens)
+                    run.model, run.tokenizer, *run.held_out, cfg.eval_samples,
+                    seeded(run, f"evaluation {run.step}"), f"Pass@k at step {run.step}",
+                    max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                    rollout_tokens=cfg.rollout_tokens)
             append_log(log, [{"step": run.step, "pass_at_k": scores[run.step]}])
             live(f"step {run.step}: " + ", ".join(f"Pass@{k} {score:.3f}" for k, score in
                                                   scores[run.step].items()), done=True)
-        if run.step == cfg.steps:
+            plot(run)
+        if run.step >= cfg.steps:
             return scores
+        started = time.time()
         batch, metrics, samples = collect(run)
         warn(run, batch, metrics, samples)
         with uninterrupted():  # weights, step and log change together or not at all
-            started = time.time()
+            updating = time.time()
             metrics |= update(run, batch)
             run.step += 1
-            metrics["time"] |= {"update": time.time() - started, "memory_gb": peak_memory(),
+            metrics["time"] |= {"update": time.time() - updating,
+                                "memory_gb": peak_memory(run.model.device),
                                 "tokens_per_s": metrics["tokens"] / metrics["time"]["rollout"]}
             append_log(log, [metrics])
             append_log(run.path / "samples.jsonl", samples)
-        pace = (time.time() - began) / (run.step - first_step)
-        print_step(metrics, left=pace * (cfg.steps - run.step))
+        spent += time.time() - started
+        print_step(metrics, left=spent / (run.step - first_step) * (cfg.steps - run.step),
+                   header=(run.step - first_step) % 20 == 1)
         if run.step % cfg.save_every == 0 or run.step == cfg.steps:
             save_checkpoint(run)
             plot(run)
-
-
-def peak_memory():
-    """Peak memory in GB: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1169,71 +1205,93 @@ def parse_flags(argv):
     return vars(parser.parse_args(argv))
 
 
+def pick_device(name):
+    """torch.device of that name, or the best that there is. Raises UserError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # kernels are launched on the current one
+        torch.zeros(1, device=device)
+    except Exception as e:  # torch raises three types for a device that is not there
+        raise UserError(f"--device {name}: {first_line(e)}") from e
+    return device
+
+
 def new_directory(cfg):
     """out/NAME of a new run: the name asked for, or the first free METHOD-1, METHOD-2, ..."""
-    if cfg.name:
-        path = Path("out", cfg.name)
-        if path.parent != Path("out") or (path / "config.json").exists():
-            raise UserError(f"--name {cfg.name}: {path} holds a run already, or is no plain name; "
-                            f"choose another, or go on with that run: --resume {path}")
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-    for number in itertools.count(1):
-        path = Path("out", f"{cfg.method}-{number}")
+    names = [cfg.name] if cfg.name else (f"{cfg.method}-{i}" for i in itertools.count(1))
+    for path in (Path("out", name) for name in names):
         with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
+    raise UserError(f"--name {cfg.name}: {path} exists; choose another, or --resume {path}")
+
+
+def resumed_config(path, given):
+    """(Config, content of config.json) of the run in `path`, with the flags that may change.
+
+    Raises UserError where there is no run, or the flags would make it another.
+    """
+    try:
+        stored = json.loads((path / "config.json").read_text())
+        cfg = Config(**{knob.name: stored[knob.name] for knob in fields(Config)})
+        stored["problems_sha1"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"--resume {path}: no run to go on with ({first_line(e)})") from e
+    for knob, value in given.items():
+        if knob in RESUMABLE:
+            setattr(cfg, knob, value)
+        elif knob != "resume" and value != stored[knob]:
+            raise UserError(f"--resume {path}: that run has --{knob.replace('_', '-')} "
+                            f"{stored[knob]!r}; leave the flag out, or start a new run")
+    check(cfg)
+    return cfg, stored
 
 
 def open_run(given):
     """The Run that the flags `given` ask for, new or to go on with. Raises UserError."""
-    path = Path(given["resume"]) if "resume" in given else None
+    path, stored, state = Path(given["resume"]) if "resume" in given else None, {}, {"step": 0}
     if path:
-        try:
-            stored = json.loads((path / "config.json").read_text())
-            cfg = Config(**{knob.name: stored[knob.name] for knob in fields(Config)})
-        except (OSError, ValueError, KeyError) as e:
-            raise UserError(f"--resume {path}: no run to go on with ({first_line(e)})") from e
-        for knob, value in given.items():
-            if knob in ("steps", "eval_every", "save_every", "device"):
-                setattr(cfg, knob, value)
-            elif knob != "resume" and value != stored[knob]:
-                raise UserError(f"--resume {path}: that run has --{knob.replace('_', '-')} "
-                                f"{stored[knob]}; leave the flag out, or start a new run")
+        cfg, stored = resumed_config(path, given)
     else:
         cfg = resolve(given)
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device)
-    except Exception as e:  # torch raises three types for a device that is not there
-        raise UserError(f"--device {device}: {first_line(e)}") from e
-    problems, held_out = load_problems(cfg)
-    sha1 = hashlib.sha1(repr([p[:2] for p in problems + held_out]).encode()).hexdigest()
+        if cfg.name and (Path(cfg.name).name != cfg.name or Path("out", cfg.name).exists()):
+            raise UserError(f"--name {cfg.name}: no plain name, or out/{cfg.name} exists; choose "
+                            f"another, or go on with that run: --resume out/{cfg.name}")
+    device = pick_device(cfg.device)
+    if cfg.model == "countdown":  # so small that more threads only wait for each other
+        torch.set_num_threads(1)
+    train, held_out = load_problems(cfg)
+    sha1 = hashlib.sha1(repr([p[:2] for p in train + held_out]).encode()).hexdigest()
     if path and stored["problems_sha1"] != sha1:
         raise UserError(f"--resume {path}: {cfg.data} no longer holds the problems that the run "
                         "began with; put them back, or start a new run")
     checkpoint = load_checkpoint(path, device) if path else None
-    model, tokenizer, state = checkpoint or (*load_model(cfg.model, device), None)
-    prompts = encode_prompts(problems, model, tokenizer, cfg.max_new_tokens)
-    encode_prompts(held_out, model, tokenizer, cfg.max_new_tokens)  # too long is said now
+    model, tokenizer, state = checkpoint or (*load_model(cfg.model, device), state)
+    if state["step"] > cfg.steps:
+        raise UserError(f"--steps {cfg.steps}: that run has done {state['step']} already")
+    if len(train) < cfg.prompts or not held_out:
+        raise UserError(f"{cfg.data} has {len(train)} problems to train on and {len(held_out)} to "
+                        f"hold out: too few for --prompts {cfg.prompts}")
+    problems, prompts = encode_prompts(train, model, tokenizer, cfg)
+    held_out = tuple(encode_prompts(held_out[: cfg.eval_problems], model, tokenizer, cfg))
     reference = load_model(cfg.model, device)[0].requires_grad_(False) if cfg.kl_coef else None
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
-    if state:
+    if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-    step = state["step"] if state else 0
     if path:
         for log in (path / "metrics.jsonl", path / "samples.jsonl"):
-            rows = [row for row in read_log(log) if row["step"] <= step]
+            rows = [row for row in read_log(log) if row["step"] <= state["step"]]
             write_whole(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
     else:
-        path = new_directory(cfg)
-        about = {"problems_sha1": sha1, "commit": commit(), "versions": {
-            "python": platform.python_version(), "numpy": np.__version__,
-            "torch": torch.__version__, "transformers": transformers.__version__}}
-        write_whole(path / "config.json", json.dumps(asdict(cfg) | about, indent=1).encode())
-    return Run(cfg, path, problems, prompts, held_out, model, tokenizer, reference, optimizer, step)
+        path, versions = new_directory(cfg), ("torch", "transformers", "numpy")
+        stored = {"problems_sha1": sha1, "commit": commit(), "python": sys.version.split()[0],
+                  **{package: importlib.metadata.version(package) for package in versions}}
+    write_whole(path / "config.json", json.dumps(stored | asdict(cfg), indent=1).encode())
+    return Run(cfg, path, problems, prompts, held_out, model, tokenizer, reference, optimizer,
+               state["step"])
 
 
 def commit():
@@ -1245,15 +1303,20 @@ def commit():
 
 
 def command(body):
-    """Run body() as a shell command: its exit status, or 2 and one line after a UserError."""
+    """Run body() as a shell command: its exit status, or 2 and one line after a user's error."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         return body()
     except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+        message = str(e)
+    except torch.OutOfMemoryError:
+        message = "out of memory; lower --micro-tokens or --rollout-tokens, also with --resume"
+    except KeyboardInterrupt:
+        return 130
+    print("\r\033[K" * sys.stderr.isatty() + f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 def main():
@@ -1262,22 +1325,23 @@ def main():
     try:
         run = open_run(parse_flags(sys.argv[1:]))
         cfg, size = run.cfg, sum(p.numel() for p in run.model.parameters())
-        print(f"{cfg.method}, {cfg.steps} steps of {cfg.prompts} x {cfg.group_size} responses: "
-              f"{cfg.model} ({size:,} parameters, {run.model.device}) on {cfg.data} "
-              f"({len(run.problems):,} problems, {len(run.held_out)} held out), into {run.path}")
+        live(f"{cfg.method}, {cfg.steps} steps of {cfg.prompts} x {cfg.group_size} responses: "
+             f"{cfg.model} ({size:,} parameters, {run.model.device}) on {cfg.data} "
+             f"({len(run.problems):,} problems), into {run.path}", done=True)
         scores = train(run)
     except KeyboardInterrupt:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)  # an impatient second Ctrl-C
         if run is None:
             print("\nstopped before the first step: nothing to save", file=sys.stderr)
         else:
-            with contextlib.suppress(KeyboardInterrupt):  # an impatient second Ctrl-C
-                save_checkpoint(run)
+            save_checkpoint(run)
             print(f"\nstopped after step {run.step} of {run.cfg.steps}, which is saved; go on with"
                   f"\n    python nsr.py --resume {run.path}", file=sys.stderr)
         return 130
-    print(f"\nPass@k on {len(run.held_out)} held-out problems, {cfg.eval_samples} responses each, "
-          f"temperature {cfg.temperature:g}; methods compare at equal steps and learning rate, not "
-          "at equal Pass@1:")
+    print(f"\nPass@k of {len(run.held_out[0])} held-out problems, {cfg.eval_samples} responses "
+          f"each, temperature {cfg.temperature:g}; methods compare at equal steps and learning rate, "
+          "not at equal Pass@1:")
     print(*pass_table([("base", scores[0]), (cfg.method, scores[cfg.steps])]), sep="\n")
     print(f"\nIn {run.path}: curves.png, metrics.jsonl, samples.jsonl, config.json, checkpoint/")
     return 0

@@ -7,8 +7,8 @@
     logp, entropy, confidence = token_stats_from_logits(logits, labels, temperature=0.6, mask=mask)
 
 `python kernels/logprob.py` checks this file on this machine and prints what it costs there."""
-import collections, itertools, math, os, re, subprocess, tempfile, typing
-import torch
+import collections, itertools, math, os, re, subprocess, tempfile
+import torch, torch.utils.benchmark
 from torch import Tensor
 try:
     import triton
@@ -19,7 +19,6 @@ except ImportError:  # then the torch path serves every device
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # kernels on a CPU
 LOG2E = math.log2(math.e)
 CHUNK = 2**21  # bytes of logits that a thread of the torch path works on: they stay in its cache
-Maybe = typing.Optional[Tensor]
 TokenStats = collections.namedtuple("TokenStats", "logprobs entropy confidence")
 
 # --- definition --------------------------------------------------------------------------------
@@ -28,7 +27,8 @@ def naive_token_stats(logits, labels, temperature=1.0, mask=None):
     """`token_stats_from_logits`, same shapes and dtypes, except that dead rows are read."""
     live = labels != -100 if mask is None else (labels != -100) & mask
     x = logits if logits.dtype == torch.float64 else logits.float()
-    logq = (x / torch.as_tensor(temperature).to(x)[..., None]).log_softmax(-1)
+    t = torch.as_tensor(temperature, dtype=x.dtype, device=x.device)
+    logq = (x / t[..., None]).log_softmax(-1)
     logp = logq.gather(-1, labels.long().where(live, 0)[..., None])[..., 0].where(live, 0)
     entropy = -(logq.exp() * logq.clamp(min=-1e30)).sum(-1).where(live, 0)  # 0 log 0 = 0
     n = live.sum(-1)
@@ -43,7 +43,7 @@ def naive_token_stats(logits, labels, temperature=1.0, mask=None):
 # a sum of other p, exact however near 1 p is. A column's lane depends on the column alone, not on
 # the row's address: same bits wherever a row lies. 2^w = e^u, with w = (x - m) log2(e) / T.
 # Why 4 x 256: 40 to 80 registers (gfx942: 104), no spill, 48 KiB of loads in flight an SM where an
-# H100 needs about 20. 2 vectors: an eighth more exponentials in fp32. 8: up to 110 registers.
+# H100 needs about 20. 2 vectors: an eighth more exponentials in fp32. 8: up to 99 registers there.
 if triton is not None:
     @triton.jit
     def _skew(ptr, VEC: tl.constexpr):  # elements from the last multiple of 16 bytes to ptr
@@ -244,8 +244,8 @@ def _fake_forward(logits, labels, temps, check, sequences, inplace):
     logp, stats = torch.empty_like(temps), temps.new_empty(*temps.shape, 4)
     return logp, torch.empty_like(temps), stats, temps.new_empty(sequences)  # 0: log-probs alone
 @torch.library.custom_op("nsr::logprob_backward", mutates_args=("grad",))
-def _backward(logits: Tensor, labels: Tensor, temps: Tensor, stats: Tensor, g_logp: Maybe,
-              g_entropy: Maybe, grad: Tensor) -> None:
+def _backward(logits: Tensor, labels: Tensor, temps: Tensor, stats: Tensor,
+              g_logp: Tensor | None, g_entropy: Tensor | None, grad: Tensor) -> None:
     g = [None if i is None else i.contiguous() for i in (g_logp, g_entropy)]
     if not _launched(_backward_kernel, labels.numel(), logits, labels, temps, stats, *g, grad,
                      *logits.shape[:0:-1], *logits.stride()[:2], *grad.stride()[:2]):
@@ -310,11 +310,10 @@ def token_stats_from_logits(logits, labels, *, temperature=1.0, mask=None, inpla
 
 # --- self-check and benchmark ------------------------------------------------------------------
 def _measure(f, cuda):  # mean seconds of 3 calls, most bytes held beyond those before
-    def held(key, line):
-        if cuda:
-            return torch.cuda.memory_stats()["allocated_bytes.all." + key]
-        with open("/proc/self/status") as h:  # Linux
-            return 1024 * int(re.search(line + r":\s*(\d+)", h.read())[1])
+    def held(key, line):  # from Linux, if not from torch.cuda
+        text = "" if cuda else open("/proc/self/status").read()
+        return torch.cuda.memory_stats()["allocated_bytes.all." + key] if cuda else 1024 * int(
+            re.search(line + r":\s*(\d+)", text)[1])
     f()
     torch.cuda.reset_peak_memory_stats() if cuda else open("/proc/self/clear_refs", "w").write("5")
     before, n = held("current", "VmRSS"), torch.get_num_threads()
@@ -352,8 +351,7 @@ def _machine_code(kernel, ty, arch):  # what it compiles to; needs no GPU
             loops.append(len(re.findall("MUFU.EX2|v_exp_f32", "".join(lines[at.get(n, i) : i]))))
     regs = re.search(r"(?:REG|\.vgpr_count): *(\d+)", text)[1]
     spills, loads, stores = (len(re.findall(i, text)) for i in (
-        "LDL|STL|scratch_load|scratch_store", r"LDG.*\.128|l_load_dwordx4",
-        r"STG.*\.128|r_store_dwordx4"))
+        "LDL|STL|scratch_[ls]", r"LDG.*\.128|l_load_dwordx4", r"STG.*\.128|r_store_dwordx4"))
     exps = min(filter(None, loops)) / (16 if ty == "fp32" else 32)
     return (f"{regs} registers, {spills} spills, {loads} wide loads, {stores} wide stores, "
             f"{exps:.2f} exponentials an element")
