@@ -28,6 +28,7 @@ read in one sitting: more than one GPU, inference servers, learned rewards, tool
 """
 
 import argparse
+import cmath
 import contextlib
 import hashlib
 import importlib.metadata
@@ -45,6 +46,8 @@ import sys
 import time
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -108,7 +111,7 @@ class Config:
     save_every: int = flag(25, "steps between checkpoints", above=0)
     rollout_tokens: int = flag(2**16, "most tokens in the KV cache, prompts included", above=0)
     micro_tokens: int = flag(2**13, "most tokens in a training pass, pads included", above=0)
-    bf16: bool = flag(False, "bf16 autocast over the float32 weights")
+    bf16: bool = flag(False, "bf16 autocast over float32 weights; the presets' on a GPU only")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
     device: str = flag("", "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu")
 
@@ -331,32 +334,373 @@ def countdown_problems(count=4000):
 
 
 # --------------------------------------------------------------------------------------------------
-# verification
+# verification: how an answer is checked
+#
+# Take the last box, undo the typesetting, parse the rest into a tree, and compare: expressions by
+# their values at fixed points, all else by structure. Nothing is executed, and all is bounded.
+
+MAX_CHARS, MAX_DEPTH, MAX_ITEMS, MAX_BITS = 500, 25, 30, 1 << 15
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([+-]?\d+(?:\.\d+)?|[A-Za-z]))"
+                  r"|(?<!(?<!\\)\\)[{}]")
 
 
 def extract_answer(response):
-    """What the last closed \\boxed{...} of `response` holds, or None.
+    r"""What the last closed \boxed{...} or \fbox{...} of a response (str) holds, or None.
 
-    >>> extract_answer("so \\\\boxed{1}, no: \\\\boxed{\\\\frac{1}{2}}.")
-    '\\\\frac{1}{2}'
+    >>> extract_answer(r"so \boxed{1}, no: \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
     """
-    answer, start, depth, inner = None, None, 0, 0
-    for token in re.finditer(r"\\boxed\s*\{|[{}]", response):
-        if token[0] == "}":
-            depth = max(0, depth - 1)
-            if start is not None and depth < inner:
-                answer, start = response[start : token.start()], None
-        else:
-            depth += 1
-            if len(token[0]) > 1:
-                start, inner = token.end(), depth
+    text, answer, opened = response[-30_000:] if isinstance(response, str) else "", None, []
+    for m in _BOX.finditer(text):
+        if m[2]:
+            answer = m[2]
+        elif m[0] != "}":
+            opened.append(m.end() if m[1] else None)
+        elif opened and (start := opened.pop()) is not None:
+            answer = text[start:m.start()].strip()
     return answer
 
 
+# ---- clean: LaTeX, unicode and plain text become one alphabet, by rules (needle, pattern, new)
+
+_SIGNS = {name: sign for sign, names in {
+    "": "left right middle big Big bigl bigr Bigl Bigr displaystyle textstyle phantom vec overline"
+        " overrightarrow boxed fbox rm bf angle triangle ! ( )",
+    " ": "quad qquad space , ; : > n", "*": "cdot times ast", "/": "div", ":": "colon", "<": "lt",
+    ">": "gt", "≤": "le leq leqslant <=", "≥": "ge geq geqslant >=", "≠": "ne neq !=", "∈": "in",
+    "≈": "approx", "∪": "cup", "∖": "setminus backslash", "±": "pm", "∓": "mp", "°": "circ degree",
+    "∞": "infty infinity", "π": "pi", "⦃⦄": "emptyset varnothing", "(": "langle", "⏎": "\\",
+    ")": "rangle rfloor rceil", "⦃": "{ lbrace", "⦄": "} rbrace", "|": "vert lvert rvert |",
+    r"\floor(": "lfloor", r"\ceil(": "lceil", "^": "**", r"\frac": "dfrac tfrac cfrac",
+    r"\binom": "dbinom tbinom"}.items() for name in names.split()} | {" ": " "}
+_UNICODE = dict(zip("−–—×·⋅÷⁄⟨⟩º⩽⩾\u00a0\u202f", "---***//()°≤≥  "))
+_UNICODE |= {"√": "sqrt ", "½": r"\frac12"} | {c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+_UNICODE = str.maketrans(_UNICODE | {c: f"_{i}" for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")})
+_NUMERALS = dict(zip("two three four five six seven eight nine".split(), "23456789"))
+_TEXT = r"\\(?:text|mbox|hbox|mathrm|(?:text|math)(?:rm|bf|it|normal)|operatorname)\s*"
+_RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in (
+    ("", r"\\?[$%~]", " "),
+    ("\\", r"\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?",  # 0.1\overline{6} is 0.10 + 6/90
+     lambda m: f".{m[1]}0+{m[2]}/{'9' * len(m[2])}{'0' * len(m[1])}"),
+    (",", r"(?<=\d)(?:\{,\}|,\s*\\!\s*|\\,)(?=\d{3}(?!\d))", ""),  # 1{,}000
+    ("\\", r"\\mathbb\s*\{?R\}?|\\text\{all real numbers\}", "(-∞,∞)"),
+    ("", r"\\([A-Za-z]+|.)|[<>!]=|\*\*", lambda m: _SIGNS.get(m[1] or m[0], m[0])),
+    ("", r"(?<=\d)(?:\s|\\\w+\{)*([apAP])\.?[mM]\b\.?\}?", lambda m: f' "{m[1].lower()}m"'),
+    ("\\", rf"(?<=[\d)}}°π]\s*){_TEXT}\{{(?![^{{}}]*(?:\d|\b(?:and|or|[ap]m|[ei])\b))([^{{}}]*)\}}",
+     r' "\1" '),
+    ("\\", rf"{_TEXT}\{{([^{{}}]*)\}}", r" \1 "),
+    ("\\", r"\\begin\s*\{\w+\}(?:\s*\{[clr|\s]*\})?", "⟦"),
+    ("\\", r"(?:⏎\s*)?\\end\s*\{\w+\}", "⟧"),
+    ("", r"(?:\s*(?:,|;|\b(?:and|or)\b))+", ","),
+    ("≈", r"(?<=\S)\s*≈.*|≈", ""),  # 2/3 ≈ 0.67 is 2/3
+    ("", r"\^\s*(?:°|\{\s*°\s*\})|\"degrees?\"|(?<=\d) *degrees", "°"),
+    ("base", r"[\s\"]*\bbase[\s\"]*(\w+)", r"_\1"),  # 12 base 5
+    ("_", r"_[{\s]*([a-z]{3,5})[}\s]*", lambda m: "_" + _NUMERALS.get(m[1], m[1])),
+    ("_", r"\(([\w.]+)\)\s*_", r"\1_"),  # (12)_5
+    ("\\", r"\\(frac|binom|sqrt)\s*(\d)(?!\s*\d?/)", r"\\\1{\2}"),
+    ("\\", r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    ("", r"(?<![\\A-Za-z\"])(sqrt|(?:arc)?(?:sin|cos|tan)|log|ln|theta)(?![a-z]{2})", r"\\\1 "),
+    ("pi", r"(?<![\\A-Za-z])pi(?![A-Za-z])", "π"),
+    ("", r"\"[^\"]*\"|(?<![\\A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])|(?<=[\d}°)π]\s*)(?:"
+     r"[ckm]m|k?g|ft|lb)(?![A-Za-z])", lambda m: '"' + m[0].strip('"').lower() + '"'),
+    ("", r"(?<![\d.^_])(\d+)(?:\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s+(\d+)/(\d+))",
+     lambda m: f"({m[1]}+{m[2] or m[4]}/{m[3] or m[5]})"),  # 1\frac12
+    ("°", r"(\\(?:sin|cos|tan|sec|csc|cot)\s*(?:\^\s*\w|\^\{[^{}]*\})?\s*[({]?\s*)([\d.]+)\s*°",
+     r"\1(\2π/180)"),
+    ("°", r"°", ""),
+    (" ", r"(?<![\d.,])(\d{1,3}) (\d{3})(?![\d/])", r"\1\2"),  # 1 000
+    ("|", r"\|([^|]+)\|", r"\\abs(\1)"),
+    ("∖", r"\(-∞,∞\)\s*∖\s*⦃([^⦃⦄,]*)⦄", r"x≠\1"),
+    ("", r"(?<![^,⦃⦄])[^,⦃⦄±∓]*+[±∓][^,⦃⦄]*", lambda m: ",".join(  # 1 ± 2 is 1 + 2, 1 - 2
+        m[0].translate({ord("±"): p, ord("∓"): q}) for p, q in ("+-", "-+"))))]
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+_UNIT = re.compile(r'(?<=[\w)}π]\s*)(?:"(?![ap]m")[^"]*"\s*(?:\^\s*\{?\s*(\d)\s*\}?)?[\s/]*)+')
+_LABEL = re.compile(r"""(?:^|(?<=,))\s*(?:[A-Za-z("\\](?:[^=,<>≤≥≠\d^-]|_\{?\w+\}?)*
+    |\([A-Za-z][^()=\d]*\)\s*)[=∈]|=\s*[A-Za-z]$|^\s*(?:"\w+"\s*)+is\b""", re.VERBOSE)
+
+
+@lru_cache(maxsize=1 << 12)
+def _clean(text):
+    """Rewrite an answer in the alphabet of the parser."""
+    plain = re.fullmatch(r"-?(?:[\d.]+|\\frac\{\d+\}\{\d+\})", text)
+    text = text.translate(_UNICODE).replace(r"\\", "⏎" if r"\begin" in text else "\\")
+    for sign, pattern, new in () if plain else _RULES:
+        text = pattern.sub(new, text) if sign in text else text
+    if not re.search(r"[([⦃]", text):  # (100,101) is a point
+        text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
+    text = text.strip(" \n\t,:≈")
+    text = text if text.endswith("..") else text.rstrip(".,: ")  # 0.333... is no number
+    return _NUMERALS.get(text.strip('"'), text)
+
+
+# ---- parse: a node is ("num", value), ("sym", name) or (kind, detail, parts)
+
+_LEVELS = ",", "⏎", "&", "=<>≤≥≠∈", "∪", ":", "+-", "*/"  # operators, the loosest first
+_TOKEN = re.compile(r""""[^"]*" | \\[A-Za-z]+
+    | (?=[A-F]*\d)[0-9A-F]++(?:\.[0-9A-F]+)?\s*_\s*(?:\{\s*\d+\s*\}|\d+)  # 1A2_{11}
+    | \d+(?:\.\d*)? | \.\d+ | [A-Za-z]\([A-Za-z](?:,\s*[A-Za-z])*\)(?=\s*[=<≤])  # f(x) =
+    | [A-Z]{2,}(?![a-z]) | [A-Za-z](?:_(?:\w|\{\w+\}))? | \S""", re.VERBOSE)
+_CLOSE = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄", "⟦": "⟧"}
+_ZERO, _ONE, _INF = ("num", 0), ("num", 1), ("sym", "∞")
+_LOW = ("+", "-", (_ZERO, _INF))
+
+
+class _Parser:
+    r"""chain: operands of the next level, joined by operators of one; the tightest are powers.
+
+    power    sign* atom '!'? ('^' sign? atom)?
+    atom     number | symbol | word | bracket | \frac \sqrt \binom | function
+    """
+
+    def __init__(self, text):
+        self.tokens, self.at = [*_TOKEN.findall(text), ""], 0
+        self.levels = [w for w in _LEVELS if w == "*/" or not {*w}.isdisjoint(self.tokens)]
+
+    def take(self, wanted):
+        """Step over the next token and return it, if it is wanted; else return ''."""
+        token = self.tokens[self.at]
+        self.at += (found := token != "" and token in wanted)
+        return token if found else ""
+
+    def chain(self, level=0):
+        if level == len(self.levels):
+            return self.power()
+        ops, parts, wanted = "", [self.chain(level + 1)], self.levels[level]
+        while op := self.take(wanted) or wanted == "*/" and self.juxtaposed():
+            ops += op
+            parts.append(self.chain(level + 1))
+        return (wanted[0], ops, tuple(parts)) if ops else parts[0]
+
+    def juxtaposed(self):
+        """Return '*' if the next token is a factor, as in 2x, but not in 5 7."""
+        last, token = self.tokens[self.at - 1], self.tokens[self.at] or ")"
+        factor = token[0].isalnum() or token[0] in '"\\.([{∞'
+        return "*" if factor and not (last[-1].isdecimal() and token[0].isdecimal()) else ""
+
+    def power(self):
+        signs = [*iter(lambda: self.take("+-"), "")]
+        tree = self.atom()
+        tree = ("fn", "!", (tree,)) if self.take("!") else tree
+        if self.take("^"):
+            tree = "^", "^", (tree, self.power() if self.tokens[self.at] in "+-" else self.atom())
+        return ("+", "-", (_ZERO, tree)) if signs.count("-") % 2 else tree
+
+    def atom(self):
+        token = self.tokens[self.at]
+        self.at += 1
+        if token in _CLOSE:
+            return self.bracket(token)
+        if "_" not in token and re.match(r"\.?\d", token):
+            return "num", int(token) if token.isdecimal() else Fraction(token)
+        if token in (r"\frac", r"\binom"):
+            parts = self.atom(), self.atom()
+            return ("*", "*/", (_ONE, *parts)) if token == r"\frac" else ("fn", "binom", parts)
+        if token == r"\sqrt":
+            root = self.bracket("[") if self.take("[") else ("num", 2)
+            return "^", "^", (self.atom(), ("*", "/", (_ONE, root)))
+        if token[1:] in _FUNCTIONS:
+            return self.function(token[1:])
+        if token.strip('"\\')[:1].isalnum() or token == "∞":
+            return "sym", re.sub(r'[{}\s"]', "", token)
+        raise ValueError(f"no atom: {token}")
+
+    def bracket(self, token):
+        if self.take(_CLOSE[token]):
+            return "⦃⦄", "", ()
+        inside, pair = self.chain(), token + self.take(_CLOSE[token])
+        if pair == token or pair in ("(]", "[)") and inside[0] != ",":
+            raise ValueError("unbalanced")
+        if pair == "⟦⟧":  # a column is also written (1, 2)
+            return ("()", "", inside[2]) if inside[0] == "⏎" and inside[2][0][0] != "&" else inside
+        if inside[0] == ",":
+            return "⦃⦄" if pair == "{}" else pair, "", inside[2]
+        return (pair, "", (inside,)) if pair == "⦃⦄" else inside
+
+    def function(self, name):
+        power, base, wanted = None, (), r"\w|\\frac|\\sqrt|\("
+        while op := self.take("^_"):
+            power, base = (self.power(), base) if op == "^" else (power, (self.power(),))
+        arg = self.power()
+        while self.tokens[self.at - 1] != ")" and re.match(wanted, self.tokens[self.at]):
+            arg = "*", "*", (arg, self.power())
+        tree = "fn", name, (arg, *base) if name == "log" else (arg,)
+        return ("^", "^", (tree, power)) if power else tree
+
+
+def _meaning(tree):
+    """Inequalities become intervals, x < 1 or x > 2 a union; of 1/3 = 2/6 only 1/3 is left."""
+    kind, ops, sides, *_ = *tree, ()
+    if kind in (",", "⦃⦄"):
+        parts = [_meaning(t) for t in sides]
+        union = parts and all(t[:2] == ("∈", parts[0][1]) for t in parts)
+        return ("∈", parts[0][1], (("∪", "", tuple(t[2][0] for t in parts)),)) if union else (
+            "⦃⦄", "", sides)
+    if kind != "=" or not _names(tree):
+        same = kind == "=" and {*ops} == {"="} and all(_equal(sides[0], t) for t in sides[1:])
+        return sides[0] if same else tree
+    if ops == "≠":
+        gaps = ("()", "", (_LOW, sides[1])), ("()", "", (sides[1], _INF))
+        return "∈", sides[0][1], (("∪", "", gaps),)
+    if {*ops} <= {*">≥"}:
+        ops, sides = ops[::-1].translate(_FLIP), sides[::-1]
+    if {*ops} <= {*"<≤"} and len(sides) == 2:
+        left = sides[0][0] == "sym"
+        ops, sides = "<" * left + ops + "<", (_LOW, *sides) if left else (*sides, _INF)
+    if {*ops} <= {*"<≤"} and len(sides) == 3 and sides[1][0] == "sym":
+        return "∈", sides[1][1], (("(["[ops[0] == "≤"] + ")]"[ops[1] == "≤"], "", sides[::2]),)
+    return tree
+
+
+@lru_cache(maxsize=1 << 12)
+def _parse(text):
+    """Tree of a clean text, or None."""
+    many = sum(map(text.count, _CLOSE)) > MAX_DEPTH
+    depths = itertools.accumulate((c in _CLOSE) - (c in ")]}⦄⟧") for c in text * many)
+    try:
+        parser = _Parser(_UNIT.sub(" ", text) if '"' in text else text)
+        tree = parser.chain() if max(depths, default=0) <= MAX_DEPTH else None
+        return tree if parser.at == len(parser.tokens) - 1 else None
+    except (ValueError, IndexError, RecursionError):  # RecursionError: a long \sin \sin \sin ...
+        return None
+
+
+def parse_answer(text):
+    """Return the tree of an answer (str), nested tuples, or None if the grammar lacks it."""
+    return _parse(_clean(text)) if isinstance(text, str) and len(text) <= MAX_CHARS else None
+
+
+# ---- compare: expressions at fixed points, exact (int, Fraction) while they can be, else complex
+
+def _power(x, y):
+    """x^y, exact if x is and y is whole; an odd root of a negative number is negative."""
+    exact, whole = not isinstance(x, complex), not isinstance(y, complex) and y.denominator == 1
+    if exact and whole:
+        if abs(y) > 1 and abs(y) * max(map(int.bit_length, x.as_integer_ratio())) > MAX_BITS:
+            raise OverflowError("too many digits")
+        return Fraction(x) ** int(y) if y < 0 else x ** int(y)
+    if not whole and not isinstance(y, complex) and y.denominator % 2 and x.imag == 0 > x.real:
+        return (-1) ** y.numerator * complex(-x) ** float(y)
+    return complex(x) ** (int(y) if whole else complex(y))
+
+
+_OPS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y, "^": _power,
+        "/": lambda x, y: x * _power(y, -1), ":": lambda x, y: x * _power(y, -1)}
+_FUNCTIONS = {f: getattr(cmath, f) for f in "sin cos tan sinh cosh tanh exp".split()} | {
+    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log,
+    "log": lambda x, base=10: cmath.log(x) / cmath.log(base), "sec": lambda x: 1 / cmath.cos(x),
+    "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x), "abs": abs,
+    "floor": lambda x: math.floor(x.real), "ceil": lambda x: math.ceil(x.real),
+    "!": lambda n: math.factorial(int(n)), "binom": lambda n, k: math.comb(int(n), int(k))}
+_CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j}
+_VALUED, _FLIP = {"num", "sym", "fn", "+", "*", "^"}, str.maketrans("<>≤≥", "><≥≤")
+
+
+@lru_cache(maxsize=1 << 12)
+def _point(name, k):
+    """Where a symbol is evaluated: a positive number of its own at point 0, a negative at 1."""
+    return Fraction((-1) ** k * random.Random(f"{name}{k}").randint(10_000, 90_000), 1 << 15)
+
+
+def _value(tree, k):
+    """Value at point k; raises ArithmeticError at a pole or if too large, else ValueError."""
+    kind, detail, *parts = tree
+    if kind in ("num", "sym"):
+        return detail if kind == "num" else _CONSTANTS.get(detail) or _point(detail, k)
+    if kind not in _VALUED | {":"}:
+        raise ValueError(f"{kind} is no number")
+    total, *rest = values = [_value(t, k) for t in parts[0]]
+    if kind == "fn":
+        if detail in ("!", "binom") and not all(v in range(3000) for v in values):
+            raise ValueError("no small whole number")
+        total = _FUNCTIONS[detail](*values)
+        return complex(total) if isinstance(total, float) else total
+    for op, x in zip(detail, rest):
+        total = _OPS[op](total, x)
+        if not isinstance(total, complex) and (
+                abs(total.numerator) >> MAX_BITS or total.denominator >> MAX_BITS // 2):
+            raise OverflowError("too many digits")
+    noise = isinstance(total, complex) and abs(total) < 1e-13 * sum(map(abs, values))
+    return 0 if noise and kind == "+" else total
+
+
+def _names(tree):
+    """The symbols in a tree, without constants."""
+    if tree[0] == "sym":
+        return {tree[1]} - _CONSTANTS.keys()
+    return set().union(*map(_names, tree[2])) if tree[2:] else set()
+
+
+def _equal(a, b):
+    """Whether two expressions have one value wherever both have; raises OverflowError."""
+    names, seen = _names(a) | _names(b), False
+    for k in range(2 if names else 1):
+        try:
+            x, y = _value(a, k), _value(b, k)
+        except (ZeroDivisionError, ValueError):
+            continue
+        exact, seen = [v for v in (x, y) if not isinstance(v, complex)], True
+        if len(exact) == 2 or exact and not names and exact[0].denominator > 10 ** 6:
+            same = x == y  # a long decimal is no sqrt(2), however near
+        else:
+            same = abs(complex(x) - y) <= 1e-11 * max(abs(x), abs(y)) < math.inf
+        if not same:
+            return False
+    return seen
+
+
+def _same(a, b):
+    """Whether two trees are equal: in any order in sets and unions, else elementwise."""
+    if a[0] == b[0] == "=" and len(a[1] + b[1]) == 2 and _names(a) and all(
+            t[0] in _VALUED for t in a[2] + b[2]):  # are their differences proportional?
+        p, q = (("+", "-", t[2]) for t in (a, b))
+        x, y = _value(p, 0), _value(q, 0)
+        return (a[1] if (x / y).real > 0 else a[1].translate(_FLIP)) == b[1] and _equal(
+            ("*", "*", (p, ("num", y))), ("*", "*", (q, ("num", x))))
+    a, b = _meaning(a), _meaning(b)
+    if (a[0] == "∈") != (b[0] == "∈"):  # x < 5 is the interval
+        return _same(*(t[2][0] if t[0] == "∈" else t for t in (a, b)))
+    kinds = {a[0], b[0]}
+    if kinds & {"⦃⦄", "∪"}:
+        rest, items = ([*t[2]] if t[0] in ("⦃⦄", "∪") else [t] for t in (a, b))
+        if all(t[0] == "()" for t in items + rest):  # a point twice is once
+            rest, items = [*dict.fromkeys(rest)], [*dict.fromkeys(items)]
+        if len(kinds & {"⦃⦄", "∪"}) > 1 or not len(items) == len(rest) <= MAX_ITEMS:
+            return False
+        while items and (found := next((y for y in rest if _same(items[-1], y)), None)):
+            rest.remove(found)
+            items.pop()
+        return not items
+    if kinds <= _VALUED or kinds == {":"} and len(a[1] + b[1]) == 2:
+        try:
+            return _equal(a, b)
+        except OverflowError:  # 10^{10^{10}}
+            pass
+    return a[:2] == b[:2] and len(a) > 2 and len(a[2]) == len(b[2]) and all(map(_same, a[2], b[2]))
+
+
 def verify(response, gold):
-    """True if the last box of `response` (str) says what `gold` (str) says."""
+    r"""Whether the last box of a response equals the gold answer (str), mathematically: bool.
+
+    >>> verify(r"thus \boxed{x = \frac{\sqrt8}{2}}", r"\sqrt{2}"), verify(r"\boxed{204_6}", "204_5")
+    (True, False)
+    """
     answer = extract_answer(response)
-    return answer is not None and answer.strip() == gold.strip()
+    if answer is None or not isinstance(gold, str) or max(len(answer), len(gold)) > MAX_CHARS:
+        return answer is not None and answer == gold
+    a, b = _clean(answer), _clean(gold)
+    if a == b:
+        return a != ""
+    units = [[m[1] for m in _UNIT.finditer(t) if m[1]] for t in (a, b)]
+    if all(units) and units[0] != units[1]:  # units say nothing, but cm^2 is not cm^3
+        return False
+    labels = [[re.sub(r"\s", "", s) for s in _LABEL.findall(t)] for t in (a, b)]
+    readings = [(a, b)]
+    if len({*labels[0], *labels[1]}) == 1 or any(labels) != all(labels):  # x = 5 is 5
+        readings.append((_LABEL.sub("", a), _LABEL.sub(lambda m: m[0] * ("+" in m[0]), b)))
+    try:
+        return any(x and y and _same(x, y) for x, y in (map(_parse, pair) for pair in readings))
+    except (ArithmeticError, ValueError, RecursionError):  # no number, too large, 1/0
+        return False
 
 
 def verify_countdown(response, gold):
@@ -1041,6 +1385,7 @@ def collect(run):
             temperature=cfg.temperature, rollout_tokens=cfg.rollout_tokens, tick=tick))
     clock.append(time.time())
     texts = run.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+    answers = [extract_answer(text) for text in texts]
     asked = [run.problems[i] for i in chosen for _ in range(cfg.group_size)]
     correct = torch.tensor([p.verify(text, p.answer) for p, text in zip(asked, texts)])
     clock.append(time.time())
@@ -1058,7 +1403,9 @@ def collect(run):
     logp, sampled_logp = confidence.log().cpu(), torch.tensor(sum((r.logp for r in responses), []))
     metrics = {
         "step": run.step + 1, "steps": cfg.steps, "correct": mean(correct),
-        "boxed": mean(torch.tensor([extract_answer(text) is not None for text in texts])),
+        "boxed": mean(torch.tensor([answer is not None for answer in answers])),
+        "unparsed": mean(torch.tensor([parse_answer(answer) is None for answer, p in zip(
+            answers, asked) if answer is not None and p.verify is verify])),
         "truncated": mean(torch.tensor([not r.stopped for r in responses])),
         "length": len(sampled_logp) / len(responses), "tokens": len(sampled_logp),
         "entropy": mean(torch.cat(entropy)), "logp_correct": mean(logp[correct]),
@@ -1259,6 +1606,8 @@ def open_run(given):
             raise UserError(f"--name {cfg.name}: no plain name, or out/{cfg.name} exists; choose "
                             f"another, or go on with that run: --resume out/{cfg.name}")
     device = pick_device(cfg.device)
+    if device.type == "cpu" and "bf16" not in given:  # a preset's is for a GPU: slow on a CPU
+        cfg.bf16 = False
     if cfg.model == "countdown":  # so small that more threads only wait for each other
         torch.set_num_threads(1)
     train, held_out = load_problems(cfg)
@@ -1340,8 +1689,8 @@ def main():
                   f"\n    python nsr.py --resume {run.path}", file=sys.stderr)
         return 130
     print(f"\nPass@k of {len(run.held_out[0])} held-out problems, {cfg.eval_samples} responses "
-          f"each, temperature {cfg.temperature:g}; methods compare at equal steps and learning rate, "
-          "not at equal Pass@1:")
+          f"each, temperature {cfg.temperature:g}; methods compare at equal steps and learning "
+          "rate, not at equal Pass@1:")
     print(*pass_table([("base", scores[0]), (cfg.method, scores[cfg.steps])]), sep="\n")
     print(f"\nIn {run.path}: curves.png, metrics.jsonl, samples.jsonl, config.json, checkpoint/")
     return 0

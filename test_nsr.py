@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -256,6 +257,162 @@ def test_epochs_visit_every_problem_once():
 
 # --------------------------------------------------------------------------------------------------
 # verification
+
+DATA = Path(__file__).parent / "../shared/data"
+# a gold answer  ==  what equals it  !=  what does not; two spaces between two
+TABLE = r"""
+5  ==  5  5.0  +5  05  $5$  5.  \,5  {5}  (5)  !=  6  -5  50  .5  5.0001  5x  5 or 7  4 \approx 5
+-5  ==  -5  −5  –5  - 5  -5.00  -\frac{5}{1}  2-7  !=  5  --5  5-  -1/5  −6
+100000  ==  100,000  100{,}000  100,\!000  10^5  !=  100001  100,001  100.000  (100,000)  100000.01
+\frac{1}{2}  ==  \dfrac{1}{2}  \tfrac12  \frac12  1/2  0.5  .5  ½  !=  2  0.05  50  50\%  -1/2  1,2
+\frac{1}{3}  ==  1/3  0.\overline{3}  0.\bar{3}  \frac{2}{6}  !=  0.333  0.33333333333333333333  3
+3\frac{1}{8}  ==  \frac{25}{8}  3.125  3\frac18  3 1/8  !=  \frac{3}{8}  3\cdot\frac{1}{8}  31/8
+10^{10^{10}}  ==  10^{10000000000}  !=  10^{10^{11}}  10^{10^{10}+1}
+12\text{ cm}  ==  12  12\ \mathrm{cm}  12 cm  12cm  12\mbox{ cm}  !=  13  12.1  cm  -12 cm  1.2 cm
+\$2.50  ==  2.5  \$2.5  $2.50  \frac52  2.50\text{ dollars}  !=  250  2.05  25
+90^\circ  ==  90  90°  90^{\circ}  90\text{ degrees}  90 degrees  x=90^\circ  !=  91  9  90^2
+2\sqrt{2}  ==  \sqrt{8}  2\sqrt2  \sqrt2 \cdot 2  !=  2.828  2.8284271247461903  \sqrt{6}  2\sqrt{3}
+2\pi  ==  \pi\cdot 2  2π  2pi  \frac{4\pi}{2}  \pi+\pi  !=  2  \pi^2  6.28  6.283185307179586  3\pi
+3+4i  ==  4i+3  3+4\cdot i  3 + 4\mathrm{i}  z=3+4i  (2+i)^2  !=  3-4i  4+3i  3+4  -3-4i  7i
+1+i\sqrt{3}  ==  2e^{i\pi/3}  2(\cos\frac{\pi}{3}+i\sin\frac{\pi}{3})  !=  2e^{i\pi/6}
+\cos 13^\circ  ==  \sin 77^\circ  \cos(13^\circ)  !=  \cos 13  \sin 13^\circ  \cos 14^\circ
+2\sin b\cos a  ==  2\cos(a)\sin(b)  \sin(a+b)-\sin(a-b)  !=  2\sin a\cos b  \sin b\cos a
+120  ==  5!  \binom{10}{3}  \binom{16}{2}  !=  6!  5  5!!
+x^2+2x+1  ==  (x+1)^2  1+2x+x^2  x^{2}+2x+1  x**2+2*x+1  !=  x^2+2x-1  x^2-2x+1  y^2+2y+1  x^2+2x
+2^{n-1}  ==  \frac{2^n}{2}  2^n\cdot\frac12  !=  2^n-1  2^{n+1}  2^{1-n}
+|x|  ==  \sqrt{x^2}  \left|x\right|  \lvert x\rvert  |-x|  !=  x  -x
+x=5  ==  5  x = 5  5=x  x=10/2  !=  x=6  y=5  x>5
+y=2x+3  ==  2x+3  y = 3+2x  2x-y+3=0  y-2x=3  2y=4x+6  !=  y=2x-3  y=3x+2  x=2y+3  2x-y+3
+x^2+y^2=13  ==  y^2+x^2=13  13 = x^2 + y^2  !=  13  x^2+y^2=12  x^2-y^2=13
+(-3,5)  ==  -3<x<5  5>x>-3  x \in (-3,5)  \left(-3,5\right)  !=  [-3,5]  (-3,5]  (5,-3)  -3 \le x<5
+[2,\infty)  ==  x \ge 2  2 \leq x  x≥2  [2,+\infty)  !=  (2,\infty)  x>2  x \le 2  [-2,\infty)
+(-\infty,-2)\cup(2,\infty)  ==  (2,\infty) \cup (-\infty,-2)  !=  (-\infty,-2]\cup(2,\infty)  (-2,2)
+(-\infty,3)\cup(3,\infty)  ==  x \ne 3  \mathbb{R}\setminus\{3\}  x \neq 3  !=  \mathbb{R}  x=3  3
+s^2 \le 8r^2  ==  8r^2 \ge s^2  2s^2 \le 16r^2  !=  s^2 \ge 8r^2  s^2 < 8r^2
+(1,2)  ==  \left( 1, 2 \right)  (1,2).  (x,y)=(1,2)  \langle 1,2 \rangle  !=  (2,1)  [1,2]  (1,2,3)
+(1,2),(3,4)  ==  (3,4),(1,2)  (1,2) \text{ and } (3,4)  \{(3,4),(1,2)\}  !=  (1,2),(4,3)  (1,2)
+x=5, y=6  ==  y=6, x=5  x = 5, y = 12/2  !=  x=6, y=5  x=5  (5,6)
+1,-2  ==  -2,1  \{1,-2\}  x=1,-2  x=1 \text{ or } x=-2  1 and -2  !=  1,2  1  1,-2,3  1,1,-2  (1,-2)
+1 \pm \sqrt{19}  ==  1+\sqrt{19},1-\sqrt{19}  \{1-\sqrt{19},1+\sqrt{19}\}  !=  1+\sqrt{19}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  ==  \begin{bmatrix}1&2\\3&4\end{bmatrix}  !=  1,2,3,4
+204_5  ==  204_{5}  204_{\text{five}}  (204)_5  204₅  204 \text{ base } 5  !=  204_6  204  203_5  54
+3:5  ==  3 : 5  6:10  !=  5:3  3:6  35  3,5
+9\pi  ==  A=9\pi\text{ cm}^2  \pi \cdot 3^2 = 9\pi  9\pi \approx 28.27  !=  A = 8\pi = 9\pi  28.27
+8\!:\!34 \text{ p.m.}  ==  8:34 \text{ p.m.}  8:34 PM  8:34 pm  !=  8:34\text{ a.m.}  8:35 pm  34:8
+12:00  ==  12:00  !=  1:00  6:00  12
+\text{Evelyn}  ==  Evelyn  \text{evelyn}  \mathrm{Evelyn}  \text{Evelyn}.  !=  \text{Carla}  E  5
+\text{two lines}  ==  two lines  \textbf{two lines}  !=  \text{two points}  2  lines
+\text{(C)}  ==  C  (C)  \text{C}  \textbf{(C)}  \mathrm{C}  (\text{C})  C.  !=  D  (B)  c  AC
+\text{CBAD}  ==  CBAD  !=  ABCD  \text{CBDA}
+\text{June 20}  ==  June 20  !=  20  June 21  July 20"""
+PAIRS = [(gold, answer, k == 0) for row in TABLE.strip().splitlines()
+         for gold, rest in [row.split("  ==  ")]
+         for k, answers in enumerate(rest.split("  !=  ")) for answer in answers.split("  ")]
+HOSTILE = [
+    "9^{9^{9^{9}}}", "2^{2^{2^{2^{2^{2}}}}}", "99999999999!", "((((9!)!)!)!)!", "10^{1000000}",
+    "9" * 100_000, "1/" * 500, "(" * 1000, "{" * 400 + "6" + "}" * 400, r"\frac{" * 300, "-" * 900,
+    r"\sqrt{" * 300, "5!" * 100, "5" + "!" * 900, "x^" * 400, r"\sin " * 99 + "x", "|" * 999,
+    "5," * 240, r"\pm " * 300 + "1", "1_" * 240, "(a+b+c+d+y+f+g+h)^{40}", "(x+y+z+w)^{39}" * 35,
+    "\x00", "5\x00", '__import__("os").system("true")', 'exec("5")', "NaN", "1e999", r"\infty",
+    "1/0", "0/0", "0^0", r"\frac{1}{0}", r"\log 0", r"\binom{10^9}{5}", r"\begin{pmatrix}" * 30,
+    "$" * 9999,
+    r"\text{" * 80, "\\" * 99_999, "_" * 499, "^" * 499, "é" * 499, "\ud800", "①", "x" * 499,
+    "2^{20000}+3^{10000}" * 20, "A" * 499, "+".join(rf"\frac{{1}}{{{k}}}" for k in range(2, 40)),
+    r"\sin(" * 20 + "x" + ")" * 20, "(((((x+1)^{9}+1)^{9}+1)^{9}+1)^{9}+1)^{9}", "1:" * 200 + "1",
+    "x<" * 200 + "1", r"[0,1)\cup" * 50 + "[0,1)", "7^{77}^{77}", r"\sqrt[0]{5}", "i^{i^i}",
+    "i^{10^{50}}", "x^{10^{9}}", r"\arcsin 2", r"\log_{1}{5}", "=" * 499, r"\overline{" * 50,
+    '"' * 499,
+    "7^{-5000}+3^{-5000}+" * 24 + "1", r"\max 3", r"\sin(1,2)", "1/2!", r"\binom{\frac12}{x}"]
+
+
+def boxed(answer):
+    return f"so the answer is $\\boxed{{{answer}}}$."
+
+
+@pytest.mark.parametrize("row", TABLE.strip().splitlines())
+def test_verify_table(row):
+    pairs = [pair for pair in PAIRS if pair[0] == row.split("  ==  ")[0]]
+    assert pairs == [(gold, a, nsr.verify(boxed(a), gold)) for gold, a, _ in pairs]
+
+
+@pytest.mark.parametrize("response, answer", [
+    (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed 2", "2"), (r"\fbox{ 3 }", "3"), ("no box", None),
+    (r"\boxed{\frac{1}{2}} and \boxed{3", r"\frac{1}{2}"), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."), (r"\boxed{5", None), (None, None),
+    (5, None),
+    (r"\boxed{a \boxed{6}", "6"), (r"} \boxed{5} }", "5"), (r"\boxedfoo{5}", None), ("", None)])
+def test_verify_extracts_the_last_closed_box(response, answer):
+    assert nsr.extract_answer(response) == answer
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_verify_survives_hostile_text(text):
+    for response, gold in ((boxed(text), "5"), (boxed("5"), text), (boxed(text), text),
+                           (boxed(text + "+1"), text)):
+        start = time.perf_counter()
+        verdict = nsr.verify(response, gold)
+        assert verdict is (response == boxed(text) and gold == text and verdict)
+        assert time.perf_counter() - start < 0.5  # 50 ms, and room for a busy machine
+
+
+@pytest.mark.parametrize("response, verdict", [
+    ("{" * 1_000_000, False), ("}" * 1_000_000, False), (r"\boxed{" * 20_000, False),
+    (r"\boxed{5}" * 20_000, True), ("{}" * 500_000 + r"\boxed{5}", True), (r"\boxed " * 999, False),
+    ("x" * 5_000_000 + r"\boxed{5}", True), (r"\boxed{5}" + "{" * 999, True)], ids=range(8))
+def test_verify_survives_long_responses(response, verdict):
+    assert nsr.verify(response, "5") is verdict
+
+
+@pytest.mark.parametrize("gold", [None, 5, 5.0, [], b"5"])
+def test_verify_rejects_what_is_no_text(gold):
+    assert nsr.verify(boxed("5"), gold) is False and nsr.verify(gold, "5") is False
+    assert nsr.parse_answer(gold) is None
+
+
+def test_verify_fuzz():
+    """No exception and no hang on a soup of the tokens that answers are made of."""
+    rng = random.Random(0)
+    soup = (r"\frac \sqrt \pi \text{ \begin{pmatrix} \end{pmatrix} \\ & { } ( ) [ ] | ^ _ , ; : = "
+            r"< \le \in \cup \pm + - * / ! . 0 1 2 10 999 x y i e A f \sin \log \infty \left "
+            r"\right \{ \} \circ ^\circ \% $ \binom \ne \approx and cm base √ ² ∞ é "
+            r"\mathbb{R} 12,345 \,").split()
+    for _ in range(3000):
+        a, b = ("".join(rng.choices(soup, k=rng.randint(1, 14))) for _ in range(2))
+        assert nsr.verify(boxed(a), b) in (True, False)
+
+
+def test_verify_fuzz_rationals():
+    """Random fractions written in random ways are equal exactly when the numbers are."""
+    rng = random.Random(1)
+
+    def write(x):
+        k = rng.randint(1, 9)
+        n, d = x.numerator * k, x.denominator * k
+        return rng.choice([rf"\frac{{{n}}}{{{d}}}", f"{n}/{d}", rf"\dfrac{{{-n}}}{{{-d}}}",
+                           rf"{x + k} - {k}", rf"x = \frac{{{n}}}{{{d}}}", rf"{n} \cdot {d}^{{-1}}",
+                           rf"\frac{{{n}\sqrt{{2}}}}{{{d}\sqrt2}}"])
+
+    values = [Fraction(rng.randint(-30, 30), rng.randint(1, 12)) for _ in range(60)]
+    for x in values:
+        for y in rng.choices(values, k=10):
+            assert nsr.verify(boxed(write(x)), write(y)) is (x == y)
+
+
+def test_verify_is_thread_safe():
+    with ThreadPoolExecutor(8) as pool:
+        verdicts = list(pool.map(lambda t: nsr.verify(boxed(t[1]), t[0]), PAIRS * 3))
+    assert verdicts == [want for _, _, want in PAIRS] * 3
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no problem sets beside the repository")
+@pytest.mark.parametrize("name", ["math_test", "math_train", "aime2025", "amc23"])
+def test_verify_every_gold_answer_equals_itself(name):
+    lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    golds = [str(json.loads(line)["answer"]) for line in lines]
+    assert all(nsr.verify(boxed(g), g) for g in golds)
+    parsed = sum(nsr.parse_answer(g) is not None for g in golds) / len(golds)
+    print(f"{name}: {parsed:.2%} of {len(golds)} gold answers parse")
+    assert parsed >= 0.995
 
 
 @pytest.mark.parametrize("text, right", [
@@ -738,6 +895,51 @@ def test_pass_at_k_equals_brute_force():
     for n, c, k in ((4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)):
         with pytest.raises(ValueError):
             nsr.pass_at_k(n, c, k)
+
+
+@pytest.fixture
+def evaluation(monkeypatch, tmp_path, capsys):
+    """evaluation(*flags) runs eval.py's command in this process: (status, out, err)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
+        status = nsr.command(pass_at_k_command.main)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_eval_prints_a_table_of_models(evaluation, base):
+    status, out, err = evaluation(base, base, "-n", 4, "--problems", 3)
+    rows = [line.split()[1:] for line in out.splitlines() if line.startswith(str(base))]
+    assert (status, err) == (0, "") and "k=1     k=2     k=4" in out
+    assert len(rows) == 2 and rows[0] == rows[1] and len(rows[0]) == 3
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "give models"), (["x", "-n", "0"], "-n"), (["x", "--device", "quantum"], "--device"),
+    (["no/such-model"], "no/such-model"), (["x", "--data", "missing.jsonl"], "missing.jsonl"),
+    (["--rescore", "missing.jsonl"], "missing.jsonl"), (["--rescore", "bad.jsonl"], "bad.jsonl")])
+def test_eval_refuses_bad_input_in_one_line(evaluation, tmp_path, flags, said):
+    (tmp_path / "bad.jsonl").write_text('{"response": 1}\n')
+    if "missing.jsonl" in flags:
+        assert not (tmp_path / "missing.jsonl").exists()
+    status, _, err = evaluation(*flags)
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_eval_rescores_stored_responses(evaluation, tmp_path):
+    rows = [{"question_id": 1, "generation_id": i, "response": f"\\boxed{{{a}}}", "label": label,
+             "gold_answer": "\\frac12"} for i, (a, label) in enumerate([("0.5", 0), ("2", 0)])]
+    rows += [{"question": "1 1 2 9 = 24", "answer": "1 1 2 9 = 24", "correct": True,
+              "response": text} for text in ("\\boxed{(2+1)*(9-1)}", "\\boxed{3*8}")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, _ = evaluation("--rescore", "rows.jsonl")
+    assert status == 0 and "4 responses to 2 questions: 2 correct" in out and "2 changed" in out
+    assert "  now correct: '0.5'" in out and "  no longer correct: '3*8'" in out
+    assert out.splitlines()[-1].split() == ["rows.jsonl", "0.500", "1.000"]
 
 
 # --------------------------------------------------------------------------------------------------
