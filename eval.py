@@ -84,6 +84,8 @@ def rescore(path):
     print(f"{total} responses to {len(verdicts)} questions: {sum(map(sum, verdicts.values()))} "
           f"correct, {unparsed} with a box that does not parse, {len(changed)} changed")
     print(*changed, sep="\n", end="\n" * bool(changed))
+    if "question_id" not in row:  # samples.jsonl: picked by verdict, so no estimate of Pass@k
+        return 0
     n = min(map(len, verdicts.values()))
     scores = {k: sum(pass_at_k(len(v), sum(v), k) for v in verdicts.values()) / len(verdicts)
               for k in (2**i for i in range(n.bit_length()))}

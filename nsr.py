@@ -158,7 +158,8 @@ def check(cfg):
     for knob in fields(Config):
         above, value = knob.metadata["above"], getattr(cfg, knob.name)
         if above is not None and not above < value < math.inf:
-            raise UserError(f"--{knob.name.replace('_', '-')} {value}: must be above {above}")
+            name = knob.name.replace("_", "-")
+            raise UserError(f"--{name} {value}: must be above {above} and finite")
     if cfg.prompts % cfg.updates:
         raise UserError(f"--prompts {cfg.prompts} does not divide into --updates {cfg.updates}")
     if cfg.method == "grpo" and cfg.group_size < 2:
@@ -230,6 +231,7 @@ def parse_problem(row):
     parts = [int(a) if isinstance(a, float) and a.is_integer() else str(a).split("####")[-1].strip()
              for a in (answer if isinstance(answer, list) else [answer])]
     answer = ", ".join(re.sub(r"^\$+([^$]+)\$+$", r"\1", str(a)).strip() for a in parts)
+    (question + answer).encode()  # half a character raises
     if not answer:
         raise ValueError("no answer in answer, final_answer, Answer or reward_model.ground_truth, "
                          "and no \\boxed{} in solution")
@@ -679,12 +681,14 @@ def _same(a, b):
 
 
 def verify(response, gold):
-    r"""Whether the last box of a response equals the gold answer (str), mathematically: bool.
+    r"""Whether the last box of a response equals the gold answer, mathematically: bool.
+
+    response: str. gold: str as LaTeX or plain, or a number. Whatever they are, nothing is raised.
 
     >>> verify(r"thus \boxed{x = \frac{\sqrt8}{2}}", r"\sqrt{2}"), verify(r"\boxed{204_6}", "204_5")
     (True, False)
     """
-    answer = extract_answer(response)
+    answer, gold = extract_answer(response), str(gold) if isinstance(gold, (int, float)) else gold
     if answer is None or not isinstance(gold, str) or max(len(answer), len(gold)) > MAX_CHARS:
         return answer is not None and answer == gold
     a, b = _clean(answer), _clean(gold)
@@ -810,7 +814,7 @@ def encode_prompts(problems, model, tokenizer, cfg):
         elif len(ids) + cfg.max_new_tokens > limit:
             raise UserError(
                 f"a prompt of {len(ids)} tokens and --max-new-tokens {cfg.max_new_tokens} exceed "
-                f"the model's context of {limit}; lower that or --max-prompt-tokens")
+                f"the model's context of {limit}; lower --max-new-tokens or --max-prompt-tokens")
         else:
             kept.append((problem, ids))
     if not kept:
@@ -868,6 +872,7 @@ def countdown_tokenizer():
 
 def warm_up(model, tokenizer, seed, steps, batch, lr):
     """Supervised training of the base policy on `steps` batches of random correct expressions."""
+    live(f"making the base policy, once: {steps} steps of supervised warm-up", done=True)
     rng, started = random.Random(seed), time.time()
     held_out = {p.question for p in load_problems(Config())[1]}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
@@ -885,8 +890,7 @@ def warm_up(model, tokenizer, seed, steps, batch, lr):
         optimizer.step()
         schedule.step()
         left = (time.time() - started) / (step + 1) * (steps - step - 1)
-        live(f"making the base policy (once): step {step + 1}/{steps}, {duration(left)} left",
-             done=step + 1 == steps)
+        live(f"base policy: step {step + 1}/{steps}, {duration(left)} left")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -958,6 +962,9 @@ def _rollout(model, rows, max_new_tokens, stop_ids, generator, temperature, top_
     alive = torch.arange(len(rows), device=device)  # the row of each line of the cache
     for t in range(max_new_tokens):
         probs = sampling_probs(logits, temperature, top_p)
+        if t == 0 and not probs.isfinite().all():
+            raise UserError("the model's logits are not finite: it has diverged, or its weights "
+                            "are damaged; start again with a lower --lr, or another model")
         token = torch.multinomial(probs, 1, generator=generator)
         ids[alive, t], logp[alive, t] = token[:, 0], probs.gather(1, token)[:, 0].log()
         tick(len(alive))
@@ -1184,8 +1191,8 @@ class Run:
 
 
 def first_line(error):
-    """The first line of an error's message, fit to stand inside a line of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """The beginning of an error's message, fit to stand inside a line of ours."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def duration(seconds):
@@ -1282,7 +1289,10 @@ def load_checkpoint(path, device):
 def read_log(path):
     """The rows of a JSON Lines log, without a last line that was cut short by a kill."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}); mend it, or start a new run") from e
 
 
 def append_log(path, rows):
@@ -1295,9 +1305,10 @@ def print_step(m, left, header):
     if header:
         live("   step    correct  length  cut  entropy  logp+  logp-   lam  beta   grad  clip   "
              "tokens/s rollout update memory   left", done=True)
-    t, nan, step = m["time"], math.nan, f"{m['step']:>5}/{m['steps']:<5}"
+    t, step = m["time"], f"{m['step']:>5}/{m['steps']:<5}"
+    logp = [math.nan if m[k] is None else m[k] for k in ("logp_correct", "logp_incorrect")]
     live(f"{step} {m['correct']:6.1%} {m['length']:7.1f} {m['truncated']:4.0%} "
-         f"{m['entropy']:8.3f} {m['logp_correct'] or nan:6.2f} {m['logp_incorrect'] or nan:6.2f} "
+         f"{m['entropy']:8.3f} {logp[0]:6.2f} {logp[1]:6.2f} "
          f"{m['lam']:5.2f} {m['beta']:5.2f} {m['grad_norm']:6.3f} {m['clip_frac']:5.1%} "
          f"{t['tokens_per_s']:10,.0f} {t['rollout']:6.2f}s {t['update']:5.2f}s "
          f"{t['memory_gb']:4.1f}GB {duration(left):>6}", done=True)
@@ -1602,9 +1613,12 @@ def open_run(given):
         cfg, stored = resumed_config(path, given)
     else:
         cfg = resolve(given)
-        if cfg.name and (Path(cfg.name).name != cfg.name or Path("out", cfg.name).exists()):
-            raise UserError(f"--name {cfg.name}: no plain name, or out/{cfg.name} exists; choose "
-                            f"another, or go on with that run: --resume out/{cfg.name}")
+        if Path(cfg.name).name != cfg.name or cfg.name == ".." or not cfg.name.isprintable():
+            raise UserError(f"--name {cfg.name!r}: not a plain name for a directory in out/")
+        if cfg.name and Path("out", cfg.name).exists():
+            raise UserError(f"--name {cfg.name}: out/{cfg.name} exists; choose another, or go on "
+                            f"with that run: --resume out/{cfg.name}")
+        Path("out").mkdir(exist_ok=True)
     device = pick_device(cfg.device)
     if device.type == "cpu" and "bf16" not in given:  # a preset's is for a GPU: slow on a CPU
         cfg.bf16 = False
@@ -1621,7 +1635,7 @@ def open_run(given):
         raise UserError(f"--steps {cfg.steps}: that run has done {state['step']} already")
     if len(train) < cfg.prompts or not held_out:
         raise UserError(f"{cfg.data} has {len(train)} problems to train on and {len(held_out)} to "
-                        f"hold out: too few for --prompts {cfg.prompts}")
+                        f"hold out: too few for --prompts {cfg.prompts}, or --eval-data has them all")
     problems, prompts = encode_prompts(train, model, tokenizer, cfg)
     held_out = tuple(encode_prompts(held_out[: cfg.eval_problems], model, tokenizer, cfg))
     reference = load_model(cfg.model, device)[0].requires_grad_(False) if cfg.kl_coef else None
@@ -1662,6 +1676,8 @@ def command(body):
         message = str(e)
     except torch.OutOfMemoryError:
         message = "out of memory; lower --micro-tokens or --rollout-tokens, also with --resume"
+    except OSError as e:  # no space, no permission, a name that the file system does not take
+        message = str(e)
     except KeyboardInterrupt:
         return 130
     print("\r\033[K" * sys.stderr.isatty() + f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -1682,7 +1698,7 @@ def main():
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)  # an impatient second Ctrl-C
         if run is None:
-            print("\nstopped before the first step: nothing to save", file=sys.stderr)
+            print("\nstopped before training began: nothing to save", file=sys.stderr)
         else:
             save_checkpoint(run)
             print(f"\nstopped after step {run.step} of {run.cfg.steps}, which is saved; go on with"
@@ -1691,7 +1707,8 @@ def main():
     print(f"\nPass@k of {len(run.held_out[0])} held-out problems, {cfg.eval_samples} responses "
           f"each, temperature {cfg.temperature:g}; methods compare at equal steps and learning "
           "rate, not at equal Pass@1:")
-    print(*pass_table([("base", scores[0]), (cfg.method, scores[cfg.steps])]), sep="\n")
+    rows = [("base", scores.get(0)), (cfg.method, scores[cfg.steps])]  # a log may have lost step 0
+    print(*pass_table([row for row in rows if row[1]]), sep="\n")
     print(f"\nIn {run.path}: curves.png, metrics.jsonl, samples.jsonl, config.json, checkpoint/")
     return 0
 

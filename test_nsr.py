@@ -363,7 +363,12 @@ def test_verify_survives_long_responses(response, verdict):
     assert nsr.verify(response, "5") is verdict
 
 
-@pytest.mark.parametrize("gold", [None, 5, 5.0, [], b"5"])
+def test_verify_takes_numbers_as_gold():
+    assert nsr.verify(boxed("5"), 5) and nsr.verify(boxed("5"), 5.0)
+    assert not nsr.verify(boxed("5"), 6)
+
+
+@pytest.mark.parametrize("gold", [None, [], b"5"])
 def test_verify_rejects_what_is_no_text(gold):
     assert nsr.verify(boxed("5"), gold) is False and nsr.verify(gold, "5") is False
     assert nsr.parse_answer(gold) is None
@@ -933,8 +938,8 @@ def test_eval_refuses_bad_input_in_one_line(evaluation, tmp_path, flags, said):
 def test_eval_rescores_stored_responses(evaluation, tmp_path):
     rows = [{"question_id": 1, "generation_id": i, "response": f"\\boxed{{{a}}}", "label": label,
              "gold_answer": "\\frac12"} for i, (a, label) in enumerate([("0.5", 0), ("2", 0)])]
-    rows += [{"question": "1 1 2 9 = 24", "answer": "1 1 2 9 = 24", "correct": True,
-              "response": text} for text in ("\\boxed{(2+1)*(9-1)}", "\\boxed{3*8}")]
+    rows += [{"question_id": 2, "answer": "1 1 2 9 = 24", "correct": True, "response": text}
+             for text in ("\\boxed{(2+1)*(9-1)}", "\\boxed{3*8}")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, out, _ = evaluation("--rescore", "rows.jsonl")
     assert status == 0 and "4 responses to 2 questions: 2 correct" in out and "2 changed" in out
@@ -1026,7 +1031,10 @@ def test_default_names_are_fresh_and_a_taken_name_is_refused(cli, base):
     (["--model=no/such-model"], "no/such-model"),
     (["--model=missing-folder"], "missing-folder"),
     (["--max-new-tokens=60"], "context of 64"),
-    (["--name=a/b"], "--name a/b"),
+    (["--name=a/b"], "--name 'a/b'"),
+    (["--name=.."], "--name '..'"),
+    (["--name=" + "x" * 300], "too long"),
+    (["--data=half_character.jsonl"], "half_character.jsonl, line 1"),
     (["--device=cuda:99"], "--device cuda:99"),
     (["--device=quantum"], "--device quantum"),
     (["--resume=out/none"], "out/none"),
@@ -1036,6 +1044,7 @@ def test_bad_input_is_one_line_and_status_2(cli, base, tmp_path, flags, said):
     (tmp_path / "bad.jsonl").write_text(good + "{\n")
     (tmp_path / "half.jsonl").write_text('{"problem": "p"}\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "half_character.jsonl").write_text('{"problem": "\\ud800", "answer": 1}\n')
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "few.jsonl").write_text(good)
@@ -1088,6 +1097,15 @@ def test_stopped_and_resumed_run_is_bit_identical(base, finished, tmp_path, sign
     assert resumed.returncode == 0 and not err, err
     assert same(state(run), state(finished))
     assert (run / "samples.jsonl").read_text() == (finished / "samples.jsonl").read_text()
+
+
+def test_divergence_and_damaged_logs_end_in_one_line(cli, base):
+    status, _, err = cli(*short(base, lr=1e30, name="run"))
+    assert status == 2 and "--lr" in err and len(err.splitlines()) == 1
+    with open("out/run/metrics.jsonl", "a") as log:
+        log.write("{garbage\n")
+    status, _, err = cli("--resume=out/run")
+    assert status == 2 and "metrics.jsonl" in err and len(err.splitlines()) == 1
 
 
 def test_resume_refuses_what_differs(cli, base, tmp_path):
