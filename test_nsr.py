@@ -1387,6 +1387,7 @@ def test_kernel_temperature(kernel_path):
         lambda: K.logprobs_from_logits(x, y[0]),
         lambda: K.logprobs_from_logits(x, y.float()),
         lambda: K.logprobs_from_logits(x.long(), y),
+        lambda: K.logprobs_from_logits(x, y, mask=torch.ones_like(y)),
         lambda: K.logprobs_from_logits(x[0], y[0, 0]),
         lambda: K.logprobs_from_logits(x, y, mask=torch.ones(3, dtype=torch.bool, device=DEVICE)),
     ):

@@ -270,8 +270,10 @@ def _apply(logits, labels, temperature, mask, inplace, sequences):
     shape, given = labels.shape, isinstance(temperature, Tensor)
     if shape != logits.shape[:-1] or shape != (labels if mask is None else mask).shape:
         raise ValueError(f"labels and mask must have the shape {tuple(logits.shape[:-1])}")
-    if labels.dtype not in (torch.int32, torch.int64) or not logits.is_floating_point():
-        raise ValueError(f"need float logits, int32/int64 labels: {logits.dtype}, {labels.dtype}")
+    kinds = logits.dtype, labels.dtype, torch.bool if mask is None else mask.dtype
+    if not kinds[0].is_floating_point or kinds[1:] not in (
+            (torch.int32, torch.bool), (torch.int64, torch.bool)):
+        raise ValueError(f"need float logits, int32/int64 labels, a bool mask, not {kinds}")
     if not given and not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, not {temperature}")
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
