@@ -34,7 +34,7 @@ def parse_flags():
     flag("models", nargs="*", metavar="MODEL", help="a directory, out/NAME of a run, a hub name, "
          "or countdown for the embedded base policy")
     flag("--data", nargs="+", default=["countdown"], metavar="NAME_OR_FILE",
-         help="problem sets, named as for nsr.py --data [countdown: 200 held-out problems]")
+         help="problem sets, named as for nsr.py --data [countdown: 100 held-out problems]")
     flag("-n", type=int, default=256, help="responses to each problem [256]")
     flag("--problems", type=int, help="only so many problems of each set [all]")
     flag("--temperature", type=float, help="[0.6; 1.0 on countdown]")

@@ -83,7 +83,7 @@ class Config:
     data: str = flag("countdown", "problems: a JSON Lines file, hf://datasets/OWNER/NAME/FILE, "
                      "countdown, math-train, math-test, math500, amc23, aime2025")
     eval_data: str = flag("", "held-out problems, named likewise; default: some of --data")
-    steps: int = flag(150, "training steps T, one batch each; the schedules end at T", above=0)
+    steps: int = flag(125, "training steps T, one batch each; the schedules end at T", above=0)
     prompts: int = flag(64, "prompts a step", above=0)
     group_size: int = flag(8, "responses a prompt, G", above=0)
     updates: int = flag(2, "optimizer updates a step: mini-batches of the batch", above=0)
@@ -106,7 +106,7 @@ class Config:
     kl_coef: float = flag(None, "KL to the model before training; default: 1e-3 in grpo, else 0")
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
     eval_every: int = flag(0, "Pass@k every so many steps; 0: only before and after training")
-    eval_problems: int = flag(200, "held-out problems to evaluate on", above=0)
+    eval_problems: int = flag(100, "held-out problems to evaluate on", above=0)
     eval_samples: int = flag(256, "responses to each of them: n of Pass@k", above=0)
     save_every: int = flag(25, "steps between checkpoints", above=0)
     rollout_tokens: int = flag(2**16, "most tokens in the KV cache, prompts included", above=0)
@@ -1060,7 +1060,7 @@ def lam_schedule(cfg, t):
 
     arXiv:2605.07137 gives it with the exponential beta(t) only; here it goes with all three.
 
-    >>> [round(lam_schedule(Config(), t), 3) for t in (0, 75, 150)]
+    >>> [round(lam_schedule(Config(steps=150), t), 3) for t in (0, 75, 150)]
     [0.05, 0.125, 0.2]
     """
     return cfg.lam_min + (cfg.lam_max - cfg.lam_min) * t / cfg.steps

@@ -179,7 +179,7 @@ def test_help_tells_every_flag_with_its_default(cli, capsys):
     with pytest.raises(SystemExit) as e:
         cli("--help")
     out = capsys.readouterr().out
-    assert e.value.code == 0 and "[150]" in out and "[0.0001]" in out
+    assert e.value.code == 0 and "[125]" in out and "[0.0001]" in out
     for knob in dataclasses.fields(nsr.Config):
         assert f"--{knob.name.replace('_', '-')}" in out
 
@@ -660,7 +660,7 @@ TABLE = {  # advantages of one group: right; wrong with c = 0.6; wrong with c = 
 
 @pytest.mark.parametrize("method", nsr.METHODS)
 def test_advantage_table(method):
-    cfg = nsr.Config(method=method, schedule="cosine")
+    cfg = nsr.Config(method=method, schedule="cosine", steps=150)
     lam, beta = nsr.method_weights(cfg, cfg.steps // 2, accuracy=1 / 3)
     reward, confidence = torch.tensor([[1.0, -1, -1]]), torch.tensor([[0.9, 0.6, 0.01]])
     adv = nsr.advantages(method, reward, confidence, lam, beta)
