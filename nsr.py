@@ -1635,7 +1635,7 @@ def open_run(given):
         raise UserError(f"--steps {cfg.steps}: that run has done {state['step']} already")
     if len(train) < cfg.prompts or not held_out:
         raise UserError(f"{cfg.data} has {len(train)} problems to train on and {len(held_out)} to "
-                        f"hold out: too few for --prompts {cfg.prompts}, or --eval-data has them all")
+                        f"hold out: too few for --prompts {cfg.prompts}; or --eval-data has all")
     problems, prompts = encode_prompts(train, model, tokenizer, cfg)
     held_out = tuple(encode_prompts(held_out[: cfg.eval_problems], model, tokenizer, cfg))
     reference = load_model(cfg.model, device)[0].requires_grad_(False) if cfg.kl_coef else None
