@@ -36,6 +36,7 @@ import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import resource
@@ -44,10 +45,11 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -338,10 +340,11 @@ def countdown_problems(count=4000):
 # --------------------------------------------------------------------------------------------------
 # verification: how an answer is checked
 #
-# Take the last box, undo the typesetting, parse the rest into a tree, and compare: expressions by
-# their values at fixed points, all else by structure. Nothing is executed, and all is bounded.
+# extract the last box; read it into tokens; parse them into a tree; compare the tree with that of
+# the gold answer: expressions by their values at fixed points, sets of reals by their members, all
+# else by structure. Nothing is executed, and all is bounded.
 
-MAX_CHARS, MAX_DEPTH, MAX_ITEMS, MAX_BITS = 500, 25, 30, 1 << 15
+MAX_CHARS, MAX_DEPTH, MAX_ITEMS, MAX_BITS = 500, 25, 30, 1 << 14
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([+-]?\d+(?:\.\d+)?|[A-Za-z]))"
                   r"|(?<!(?<!\\)\\)[{}]")
 
@@ -363,105 +366,177 @@ def extract_answer(response):
     return answer
 
 
-# ---- clean: LaTeX, unicode and plain text become one alphabet, by rules (needle, pattern, new)
+# ---- read: tokens are signs (str) and leaves: ("num", value), ("sym", name), ("word", text)
 
-_SIGNS = {name: sign for sign, names in {
-    "": "left right middle big Big bigl bigr Bigl Bigr displaystyle textstyle phantom vec overline"
-        " overrightarrow boxed fbox rm bf angle triangle ! ( )",
-    " ": "quad qquad space , ; : > n", "*": "cdot times ast", "/": "div", ":": "colon", "<": "lt",
-    ">": "gt", "≤": "le leq leqslant <=", "≥": "ge geq geqslant >=", "≠": "ne neq !=", "∈": "in",
-    "≈": "approx", "∪": "cup", "∖": "setminus backslash", "±": "pm", "∓": "mp", "°": "circ degree",
-    "∞": "infty infinity", "π": "pi", "⦃⦄": "emptyset varnothing", "(": "langle", "⏎": "\\",
-    ")": "rangle rfloor rceil", "⦃": "{ lbrace", "⦄": "} rbrace", "|": "vert lvert rvert |",
-    r"\floor(": "lfloor", r"\ceil(": "lceil", "^": "**", r"\frac": "dfrac tfrac cfrac",
-    r"\binom": "dbinom tbinom"}.items() for name in names.split()} | {" ": " "}
-_UNICODE = dict(zip("−–—×·⋅÷⁄⟨⟩º⩽⩾\u00a0\u202f", "---***//()°≤≥  "))
-_UNICODE |= {"√": "sqrt ", "½": r"\frac12"} | {c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
-_UNICODE = str.maketrans(_UNICODE | {c: f"_{i}" for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")})
-_NUMERALS = dict(zip("two three four five six seven eight nine".split(), "23456789"))
-_TEXT = r"\\(?:text|mbox|hbox|mathrm|(?:text|math)(?:rm|bf|it|normal)|operatorname)\s*"
-_RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in (
-    ("", r"\\?[$%~]", " "),
-    ("\\", r"\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?",  # 0.1\overline{6} is 0.10 + 6/90
-     lambda m: f".{m[1]}0+{m[2]}/{'9' * len(m[2])}{'0' * len(m[1])}"),
-    (",", r"(?<=\d)(?:\{,\}|,\s*\\!\s*|\\,)(?=\d{3}(?!\d))", ""),  # 1{,}000
-    ("\\", r"\\mathbb\s*\{?R\}?|\\text\{all real numbers\}", "(-∞,∞)"),
-    ("", r"\\([A-Za-z]+|.)|[<>!]=|\*\*", lambda m: _SIGNS.get(m[1] or m[0], m[0])),
-    ("", r"(?<=\d)(?:\s|\\\w+\{)*([apAP])\.?[mM]\b\.?\}?", lambda m: f' "{m[1].lower()}m"'),
-    ("\\", rf"(?<=[\d)}}°π]\s*){_TEXT}\{{(?![^{{}}]*(?:\d|\b(?:and|or|[ap]m|[ei])\b))([^{{}}]*)\}}",
-     r' "\1" '),
-    ("\\", rf"{_TEXT}\{{([^{{}}]*)\}}", r" \1 "),
-    ("\\", r"\\begin\s*\{\w+\}(?:\s*\{[clr|\s]*\})?", "⟦"),
-    ("\\", r"(?:⏎\s*)?\\end\s*\{\w+\}", "⟧"),
-    ("", r"(?:\s*(?:,|;|\b(?:and|or)\b))+", ","),
-    ("≈", r"(?<=\S)\s*≈.*|≈", ""),  # 2/3 ≈ 0.67 is 2/3
-    ("", r"\^\s*(?:°|\{\s*°\s*\})|\"degrees?\"|(?<=\d) *degrees", "°"),
-    ("base", r"[\s\"]*\bbase[\s\"]*(\w+)", r"_\1"),  # 12 base 5
-    ("_", r"_[{\s]*([a-z]{3,5})[}\s]*", lambda m: "_" + _NUMERALS.get(m[1], m[1])),
-    ("_", r"\(([\w.]+)\)\s*_", r"\1_"),  # (12)_5
-    ("\\", r"\\(frac|binom|sqrt)\s*(\d)(?!\s*\d?/)", r"\\\1{\2}"),
-    ("\\", r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-    ("", r"(?<![\\A-Za-z\"])(sqrt|(?:arc)?(?:sin|cos|tan)|log|ln|theta)(?![a-z]{2})", r"\\\1 "),
-    ("pi", r"(?<![\\A-Za-z])pi(?![A-Za-z])", "π"),
-    ("", r"\"[^\"]*\"|(?<![\\A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])|(?<=[\d}°)π]\s*)(?:"
-     r"[ckm]m|k?g|ft|lb)(?![A-Za-z])", lambda m: '"' + m[0].strip('"').lower() + '"'),
-    ("", r"(?<![\d.^_])(\d+)(?:\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s+(\d+)/(\d+))",
-     lambda m: f"({m[1]}+{m[2] or m[4]}/{m[3] or m[5]})"),  # 1\frac12
-    ("°", r"(\\(?:sin|cos|tan|sec|csc|cot)\s*(?:\^\s*\w|\^\{[^{}]*\})?\s*[({]?\s*)([\d.]+)\s*°",
-     r"\1(\2π/180)"),
-    ("°", r"°", ""),
-    (" ", r"(?<![\d.,])(\d{1,3}) (\d{3})(?![\d/])", r"\1\2"),  # 1 000
-    ("|", r"\|([^|]+)\|", r"\\abs(\1)"),
-    ("∖", r"\(-∞,∞\)\s*∖\s*⦃([^⦃⦄,]*)⦄", r"x≠\1"),
-    ("", r"(?<![^,⦃⦄])[^,⦃⦄±∓]*+[±∓][^,⦃⦄]*", lambda m: ",".join(  # 1 ± 2 is 1 + 2, 1 - 2
-        m[0].translate({ord("±"): p, ord("∓"): q}) for p, q in ("+-", "-+"))))]
+_SIGNS = {name: sign.split() for sign, names in {
+    "": r"\left \right \middle \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl"
+        r" \Biggr \displaystyle \textstyle \limits \vec \hat \overline \underline \overrightarrow"
+        r" \boxed \fbox \text \textbf \textrm \mathrm \mathbf \mathit \mathsf \mathnormal \bm \rm"
+        r" \boldsymbol \bf \mbox \emph \angle \triangle \quad \qquad \enspace \thinspace \mathbin"
+        r""" \! \, \; \: \> \( \) \[ \] \$ \% \# \& \~ $ % # ~ ' ` " . € £ ¢""",
+    "*": r"\cdot \times \ast × · ⋅ ∙", "/": r"\div ÷ ⁄ ∕", "÷": r"\over", "-": "− – —",
+    "C": r"\choose", ",": "; 、", ":": r"\colon {:}", "<": r"\lt", ">": r"\gt", "^": "**",
+    "≤": r"\le \leq \leqslant <= ⩽", "≥": r"\ge \geq \geqslant >= ⩾", "≠": r"\ne \neq !=",
+    "∈": r"\in", "≈": r"\approx", "∪": r"\cup \bigcup", "∩": r"\cap", "∖": r"\setminus \backslash",
+    "±": r"\pm +-", "∓": r"\mp", "°": r"\degree \textdegree", "(": r"\langle ⟨", "√": r"\sqrt sqrt",
+    ")": r"\rangle \rfloor \rceil ⟩", "floor (": r"\lfloor", "ceil (": r"\lceil",
+    "⦃": r"\{ \lbrace", "⦄": r"\} \rbrace", "|": r"\vert \lvert \rvert \| \mid", "∧": r"\land and",
+    "∨": r"\lor or", "⦃ ⦄": r"\emptyset \varnothing ∅", "frac": r"\frac \dfrac \tfrac \cfrac",
+    "binom": r"\binom \dbinom \tbinom"}.items() for name in names.split()} | {"\\ ": [], "\\\n": []}
+_SIGNS |= {"to": [":"], "union": ["∪"], "degree": ["°"], "degrees": ["°"]} | dict.fromkeys(
+    "percent percentage pct the answer is option choice usd".split(), [])
+_SIGNS |= dict.fromkeys("squared cubed plus minus times over through half halves thirds "
+                        "quarters tenths".split(), ["?"])  # not units: nothing to compare
+_SIGNS |= {word: ["*", ("num", n)] for word, n in {
+    "dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}.items()}
+_NAMES = {"pi": "π", "infinity": "∞", "infty": "∞", "inf": "∞", "π": "π", "∞": "∞"}
+_PAIRS = {*"cm mm km kg mg ml ft lb in hr mi am pm oz yd sq no".split()}  # others are two factors
+_UNITS = {*("mm cm m km g kg cents dollars seconds minutes hours days weeks months years inches "
+            "feet yards miles am pm").split()}  # one spelling each: two of them are two units
+_NUMERALS = {word: i for i, word in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty".split())}
+_OPEN_TEXT = r"\\(?:text|mathrm)\s*\{"
+
+
+def _numeral(m):
+    *_, base = "", *re.findall(r"[^\W_]+", m["base"])
+    return [("sym", f"{m['digits']}_{_NUMERALS.get(base, base)}")]
+
+
+def _repeating(m):
+    r"""0.1\overline{6} is 0.1 + 6/90."""
+    scale = 10 ** len(m["fixed"].partition(".")[2])
+    return [("num", Fraction(f"0{m['fixed']}0") + Fraction(int(m["period"]), scale * (
+        10 ** len(m["period"]) - 1)))]
+
+
+_RULES = [  # what stands there, and the tokens that it becomes; the first that fits is taken
+    (rf"(?P<open>\(|{_OPEN_TEXT})?(?P<digits>(?=[A-F]*\d)[\dA-F]+(?:\.\d+)?)(?(open)[)}}])(?P<base>"
+     r"(?:\\,)?\s*_\s*(?:\w+|\\text\s*\{\w+\}|\{(?:[^{}]|\{[^{}]*\})*\}) | \s*\(?base\s*\w+\)?"
+     r"| \s*\(?\\text\s*\{[\s(]*base\s*(?:\w+[\s)]*\}|\}\s*\w+)\)?)", _numeral),  # 204_{five}
+    (r"\\(?:[hv]space|(?:text)?color)\*?\s*\{\w*\} | \{\s*\} | m\s*\\angle", lambda m: []),
+    (r"\\(?:text\w*|[mh]box|mathrm|operatorname)\s*\{(?P<text>[^{}]*)\}", lambda m: [
+        *_tokens(m["text"], in_text=not re.search("[+=^]", m["text"]))]),
+    (r"\\\\\s*(?:\[[\w.\s]+\])?", lambda m: ["⏎"]),
+    (r"\\begin\s*\{(?P<bars>[vV])?\w+\*?\}(?:\s*\{[clr|\s]*\}|\[[clr]\])?",
+     lambda m: ["|", "⟦"] if m["bars"] else ["⟦"]),
+    (r"\\end\s*\{(?P<bars2>[vV])?\w+\*?\}", lambda m: ["⟧", "|"] if m["bars2"] else ["⟧"]),
+    (r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\\vert|\\colon|[|:])",
+     lambda m: ["⦃"]),  # of {x | x > 2} the condition
+    (r"\\(?:mathbb|Bbb)\s*(?:\{R\}|R\b) | \\R\b | (?i:(?:all\s+|the\s+)*reals?(?:\ numbers?)?\b)",
+     lambda m: [("sym", "ℝ")]),
+    (r"(?i:no\s+(?:real\s+)?solutions?|empty\s+set)", lambda m: ["⦃", "⦄"]),
+    (r"(?<=[)\]}]\s*)U(?=\s*[(\[\\])", lambda m: ["∪"]),
+    (r"(?:\^\s*(?:\{\s*(?:\\circ|°|o|\\text\s*\{o\})\s*\}|\\circ|°|o\b|\\text\s*\{o\})|\\circ|°)"
+     r"(?:\s*[CF]\b)?", lambda m: ["°"]),
+    (rf"(?<=\d)\^?\s*(?:\{{?{_OPEN_TEXT}|\{{)?\s*(?:st|nd|rd|th)\b(?:\s*\}})*", lambda m: []),
+    (r"(?<=\d\s*)(?:\"|'+)", lambda m: [("word", "in")]),
+    (r"(?P<fixed>\d*\.\d*)\\(?:overline|bar|dot)\s*\{?(?P<period>\d+)\}?", _repeating),
+    (r"(?<![\d.^_]\s*)(?P<whole>\d+)(?:(?:~|\s|\\[,!;:\ ])*\\[dtc]?frac\s*"
+     r"(?:\{\s*(?P<a>\d+)\s*\}|(?P<a>\d))\s*(?:\{\s*(?P<b>[1-9]\d*)\s*\}|(?P<b>[1-9])(?!\d))"
+     r"|(?:\s|\\\ )+(?P<a>\d+)/(?P<b>[1-9]\d*))",
+     lambda m: [("num", int(m["whole"]) + Fraction(int(m["a"]), int(m["b"])))]),  # 3\frac18
+    (r"\\(?P<two>[dtc]?frac|[dt]?binom)\s*(?P<first>\d)\s*(?P<second>\d?)", lambda m: _SIGNS[
+        "\\" + m["two"]] + [("num", int(d)) for d in m["first"] + m["second"]]),  # \frac12
+    (r"\d+(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\d))?|\.\d+", lambda m: [
+        ("num", int(m[0]) if m[0].isdecimal() else Fraction(m[0]))]),
+    (r"[apAP]\.\s?[mM]\b\.?", lambda m: [("word", m[0][0].lower() + "m")]),
+    (r"[fghFGHPW]\(\w+\) | [A-Za-z]\((?:\w|=|,\s*|\(\w+\)|\\text\s*\{[^{}]*\})+\)(?=\s*=)",
+     lambda m: [("sym", re.sub(r"\s", "", m[0]))]),  # f(x) is a name
+    (r"(?P<name>[A-Za-z](?:_(?:\w|\{\w+\}))?'*)(?![A-Za-z])", None), (r"(?P<word>[A-Za-z]+)", None),
+    (r"(?P<sign>\\(?:[A-Za-z]+|.)|<=|>=|!=|\*\*|\+-|\.\.+|\{:\}|\S)", None)]
+_LEXER = re.compile("|".join(f"(?P<rule{i}>{pattern})" for i, (pattern, _) in enumerate(_RULES)),
+                    re.VERBOSE | re.DOTALL)
+_SCRIPT = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+)|([₀-₉]+)|([¼-¾⅐-⅞])|[º˚∘]")
+_GAP = re.compile(r"(?<=\d)\s*(?:\{\s*\\?,\s*\}|\\text\{,\}|,(?=\s*\\!)|)(?:\\[,!;: ]|~|\s)*"
+                  r"(?=\d{3}(?![\d/]))")
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
-_UNIT = re.compile(r'(?<=[\w)}π]\s*)(?:"(?![ap]m")[^"]*"\s*(?:\^\s*\{?\s*(\d)\s*\}?)?[\s/]*)+')
-_LABEL = re.compile(r"""(?:^|(?<=,))\s*(?:[A-Za-z("\\](?:[^=,<>≤≥≠\d^-]|_\{?\w+\}?)*
-    |\([A-Za-z][^()=\d]*\)\s*)[=∈]|=\s*[A-Za-z]$|^\s*(?:"\w+"\s*)+is\b""", re.VERBOSE)
+
+
+def _script(m):
+    r"""x² is x^2, A₁₂ is A_{12}, ½ is \frac{1}{2}."""
+    text = unicodedata.normalize("NFKC", m[0])
+    if m[3]:
+        return "\\frac{%s}{%s}" % tuple(text.split("⁄"))
+    sign = "^" if m[1] else "_" if m[2] else ""
+    return sign + (text if len(text) == 1 else f"{{{text}}}") if sign else "°"
+
+
+def _tokens(text, in_text=False):
+    r"""Yield the tokens of a text; in_text: it stands in \text{}, where letters make words."""
+    for m in _LEXER.finditer(text):
+        found, low, bare = m[0], m[0].lower(), m[0].lower().lstrip("\\")
+        if tokens := _RULES[int(m.lastgroup[4:])][1]:
+            yield from tokens(m)
+        elif m["name"] and (not in_text or found in "ie"):
+            yield "sym", re.sub(r"[{}]", "", found)
+        elif found in _SIGNS or low in _SIGNS:
+            yield from _SIGNS.get(found, _SIGNS.get(low))
+        elif bare in _NAMES:
+            yield "sym", _NAMES[bare]
+        elif bare in _FUNCTIONS and low != "sec":  # a unit too
+            yield bare
+        elif m["sign"]:
+            greek = unicodedata.name(found, "").split()[-1].lower() if found.isalpha() else ""
+            yield ("sym", greek or found[1:]) if greek or found[1:].isalpha() else found
+        elif not in_text and len(found) == 2 and not found.isupper() and low not in _PAIRS:
+            yield from (("sym", c) for c in found)
+        else:
+            name = found.isupper() and not in_text and low not in _PAIRS
+            yield "sym" if name else "word", low if len(found) > 1 else found
 
 
 @lru_cache(maxsize=1 << 12)
-def _clean(text):
-    """Rewrite an answer in the alphabet of the parser."""
-    plain = re.fullmatch(r"-?(?:[\d.]+|\\frac\{\d+\}\{\d+\})", text)
-    text = text.translate(_UNICODE).replace(r"\\", "⏎" if r"\begin" in text else "\\")
-    for sign, pattern, new in () if plain else _RULES:
-        text = pattern.sub(new, text) if sign in text else text
-    if not re.search(r"[([⦃]", text):  # (100,101) is a point
+def _read(text):
+    """Tuple of the tokens of an answer (str)."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", _SCRIPT.sub(_script, text.replace("ℝ", r"\R ")))
+    if not re.search(r"(?<!\\)\\begin", text):
+        text = text.replace("\\\\", "\\")  # written twice, or at the end of a line
+    text = _GAP.sub("", text.rstrip("\\ \n"))
+    if "," in text and not re.search(r"[(\[]|\\\{", text):  # (100,101) is a point
         text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
-    text = text.strip(" \n\t,:≈")
-    text = text if text.endswith("..") else text.rstrip(".,: ")  # 0.333... is no number
-    return _NUMERALS.get(text.strip('"'), text)
+    tokens = [t for t in _tokens(text) if "\\begin" in text or t not in ("&", "⏎")]
+    if "|" in tokens and tokens.count("|") % 2 == 0:
+        bar = itertools.cycle([("abs", "("), (")",)])
+        tokens = [new for t in tokens for new in (next(bar) if t == "|" else (t,))]
+    if ":" in tokens and all(t[0] == "word" for t in tokens[:tokens.index(":")]):
+        del tokens[:tokens.index(":") + 1]  # Domain: ...
+    tokens = [t for t, after in zip(tokens, [*tokens[1:], ""]) if not (
+        t in {*",∧∨"} and after in {*",∧∨"} or t == "⏎" and after == "⟧")]
+    while tokens and (tokens[-1] in (",", ":") or tokens[-1] == ")" and not {*"(["} & {*tokens}):
+        tokens.pop()
+    while tokens and tokens[0] in (",", "≈", "="):
+        del tokens[0]
+    number = _NUMERALS.get(tokens[0][-1]) if len(tokens) == 1 else None
+    return tuple(tokens) if number is None else (("num", number),)
 
 
-# ---- parse: a node is ("num", value), ("sym", name) or (kind, detail, parts)
+# ---- parse: a node is ("num", value), ("sym", name) or (kind, operators or detail, parts)
 
-_LEVELS = ",", "⏎", "&", "=<>≤≥≠∈", "∪", ":", "+-", "*/"  # operators, the loosest first
-_TOKEN = re.compile(r""""[^"]*" | \\[A-Za-z]+
-    | (?=[A-F]*\d)[0-9A-F]++(?:\.[0-9A-F]+)?\s*_\s*(?:\{\s*\d+\s*\}|\d+)  # 1A2_{11}
-    | \d+(?:\.\d*)? | \.\d+ | [A-Za-z]\([A-Za-z](?:,\s*[A-Za-z])*\)(?=\s*[=<≤])  # f(x) =
-    | [A-Z]{2,}(?![a-z]) | [A-Za-z](?:_(?:\w|\{\w+\}))? | \S""", re.VERBOSE)
+_LEVELS = ",∧∨", "⏎", "&", "=<>≤≥≠∈≈", "∪∩∖", ":", "÷C", "+-±∓", "*/"  # the loosest first
 _CLOSE = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄", "⟦": "⟧"}
-_ZERO, _ONE, _INF = ("num", 0), ("num", 1), ("sym", "∞")
-_LOW = ("+", "-", (_ZERO, _INF))
+_INTERVALS, _FLIP = {"()", "[]", "(]", "[)"}, str.maketrans("<>≤≥", "><≥≤")
+_ZERO, _ONE, _PREFIXES = ("num", 0), ("num", 1), {"frac", "binom", "√"}
 
 
 class _Parser:
-    r"""chain: operands of the next level, joined by operators of one; the tightest are powers.
+    """chain: operands of the next level, joined by operators of one; the tightest are powers.
 
-    power    sign* atom '!'? ('^' sign? atom)?
-    atom     number | symbol | word | bracket | \frac \sqrt \binom | function
+    power    sign* atom '°'? '!'? ('^' sign? atom)? unit*
+    atom     number | symbol | words | bracket | frac binom √ | function
     """
 
-    def __init__(self, text):
-        self.tokens, self.at = [*_TOKEN.findall(text), ""], 0
-        self.levels = [w for w in _LEVELS if w == "*/" or not {*w}.isdisjoint(self.tokens)]
+    def __init__(self, tokens):
+        self.tokens, self.at, self.radians, self.units = [*tokens, "$"], 0, False, (set(), set())
+        signs = {t for t in tokens if isinstance(t, str)}
+        self.levels = [w for w in _LEVELS if w == "*/" or not signs.isdisjoint(w)]
 
     def take(self, wanted):
         """Step over the next token and return it, if it is wanted; else return ''."""
         token = self.tokens[self.at]
-        self.at += (found := token != "" and token in wanted)
+        self.at += (found := isinstance(token, str) and token in wanted)
         return token if found else ""
 
     def chain(self, level=0):
@@ -471,104 +546,129 @@ class _Parser:
         while op := self.take(wanted) or wanted == "*/" and self.juxtaposed():
             ops += op
             parts.append(self.chain(level + 1))
+        if ops and {*ops} <= {*">≥"}:
+            ops, parts = ops[::-1].translate(_FLIP), parts[::-1]
         return (wanted[0], ops, tuple(parts)) if ops else parts[0]
 
     def juxtaposed(self):
         """Return '*' if the next token is a factor, as in 2x, but not in 5 7."""
-        last, token = self.tokens[self.at - 1], self.tokens[self.at] or ")"
-        factor = token[0].isalnum() or token[0] in '"\\.([{∞'
-        return "*" if factor and not (last[-1].isdecimal() and token[0].isdecimal()) else ""
+        *_, before, last, token = "", *self.tokens[:self.at + 1]
+        if isinstance(token, str):
+            return "*" if token in _CLOSE or token in _FUNCTIONS or token in _PREFIXES else ""
+        return "*" if token[0] != "num" or last[0] not in ("num", "word") or before == "^" else ""
 
     def power(self):
-        signs = [*iter(lambda: self.take("+-"), "")]
+        signs = [*iter(lambda: self.take("+-±∓"), "")]
         tree = self.atom()
-        tree = ("fn", "!", (tree,)) if self.take("!") else tree
+        if self.take("°") and self.radians:
+            tree = "*", "*/", (tree, ("sym", "π"), ("num", 180))
+        tree = ("fn", "factorial", (tree,)) if self.take("!") else tree
         if self.take("^"):
-            tree = "^", "^", (tree, self.power() if self.tokens[self.at] in "+-" else self.atom())
-        return ("+", "-", (_ZERO, tree)) if signs.count("-") % 2 else tree
+            signed = self.tokens[self.at] in ("+", "-")
+            tree = "^", "^", (tree, self.power() if signed else self.atom())
+        while self.unit():
+            pass
+        sign = "±" if {*signs} & {*"±∓"} else "-" if signs.count("-") % 2 else ""
+        return ("+", sign, (_ZERO, tree)) if sign else tree
+
+    def unit(self):
+        """Step over a unit after a value, as in 5 cm^2, 3 m/s; note its name and its power."""
+        here, after, then = (self.tokens[self.at:] + ["", ""])[:3]
+        if here == "frac" and then[:1] == ("word",):
+            self.at += 7  # { m } { s }
+        elif here[0] == "word" or here == "/" and after[:1] == ("word",):
+            self.at += 2 if here == "/" else 1
+            words = {here[-1], after[-1]} if here == "/" else {here[-1]}
+            self.units[0].update(words & _UNITS)
+            self.units[1].update(words & {"square", "cubic"})
+            if self.take("^"):
+                power = self.atom()[1]
+                self.units[1].add({2: "square", 3: "cubic"}.get(power, power))
+        elif here == "/" and after[0] == "sym" and self.tokens[self.at - 1][0] == "word":
+            self.at += 2  # km/h
+        else:
+            return False
+        return True
 
     def atom(self):
-        token = self.tokens[self.at]
+        start, token = self.at, self.tokens[self.at]
         self.at += 1
+        if token[0] in ("num", "sym"):
+            return token
+        if token[0] == "word":
+            while self.tokens[self.at][0] in ("word", "num"):
+                self.at += 1
+            return "sym", " ".join(str(t[1]) for t in self.tokens[start:self.at])
         if token in _CLOSE:
             return self.bracket(token)
-        if "_" not in token and re.match(r"\.?\d", token):
-            return "num", int(token) if token.isdecimal() else Fraction(token)
-        if token in (r"\frac", r"\binom"):
+        if token in ("frac", "binom"):
             parts = self.atom(), self.atom()
-            return ("*", "*/", (_ONE, *parts)) if token == r"\frac" else ("fn", "binom", parts)
-        if token == r"\sqrt":
+            return ("*", "*/", (_ONE, *parts)) if token == "frac" else ("fn", "binom", parts)
+        if token == "√":
             root = self.bracket("[") if self.take("[") else ("num", 2)
             return "^", "^", (self.atom(), ("*", "/", (_ONE, root)))
-        if token[1:] in _FUNCTIONS:
-            return self.function(token[1:])
-        if token.strip('"\\')[:1].isalnum() or token == "∞":
-            return "sym", re.sub(r'[{}\s"]', "", token)
+        if token in _FUNCTIONS:
+            return self.function(token)
         raise ValueError(f"no atom: {token}")
 
     def bracket(self, token):
         if self.take(_CLOSE[token]):
             return "⦃⦄", "", ()
         inside, pair = self.chain(), token + self.take(_CLOSE[token])
-        if pair == token or pair in ("(]", "[)") and inside[0] != ",":
+        kind, _, parts = inside if len(inside) > 2 else ("", "", ())
+        if pair == token or pair in ("(]", "[)") and kind != ",":
             raise ValueError("unbalanced")
         if pair == "⟦⟧":  # a column is also written (1, 2)
-            return ("()", "", inside[2]) if inside[0] == "⏎" and inside[2][0][0] != "&" else inside
-        if inside[0] == ",":
-            return "⦃⦄" if pair == "{}" else pair, "", inside[2]
-        return (pair, "", (inside,)) if pair == "⦃⦄" else inside
+            return ("()", "", parts) if kind == "⏎" and parts[0][0] != "&" else inside
+        if kind == ",":
+            return "⦃⦄" if pair == "{}" else pair, "", parts
+        return (pair, "", (inside,)) if pair == "⦃⦄" or pair == "[]" and (
+            self.tokens[self.at - 2] != "⟧") else inside
 
     def function(self, name):
-        power, base, wanted = None, (), r"\w|\\frac|\\sqrt|\("
+        power, base = None, ()
         while op := self.take("^_"):
             power, base = (self.power(), base) if op == "^" else (power, (self.power(),))
-        arg = self.power()
-        while self.tokens[self.at - 1] != ")" and re.match(wanted, self.tokens[self.at]):
+        if power == ("+", "-", (_ZERO, _ONE)) and "arc" + name in _FUNCTIONS:
+            name, power = "arc" + name, None
+        radians, self.radians = self.radians, name not in ("log", "ln", "lg", "abs", "floor")
+        closed = self.tokens[self.at] == "("
+        arg = self.atom() if closed else self.power()
+        if closed and self.take("^"):  # sin(x)^2
+            power = self.atom()
+        while not closed and self.tokens[self.at - 1] != ")" and (
+                self.tokens[self.at][0] == "sym" or self.tokens[self.at] in ("frac", "√", "(")):
             arg = "*", "*", (arg, self.power())
+        self.radians = radians
         tree = "fn", name, (arg, *base) if name == "log" else (arg,)
         return ("^", "^", (tree, power)) if power else tree
 
 
-def _meaning(tree):
-    """Inequalities become intervals, x < 1 or x > 2 a union; of 1/3 = 2/6 only 1/3 is left."""
-    kind, ops, sides, *_ = *tree, ()
-    if kind in (",", "⦃⦄"):
-        parts = [_meaning(t) for t in sides]
-        union = parts and all(t[:2] == ("∈", parts[0][1]) for t in parts)
-        return ("∈", parts[0][1], (("∪", "", tuple(t[2][0] for t in parts)),)) if union else (
-            "⦃⦄", "", sides)
-    if kind != "=" or not _names(tree):
-        same = kind == "=" and {*ops} == {"="} and all(_equal(sides[0], t) for t in sides[1:])
-        return sides[0] if same else tree
-    if ops == "≠":
-        gaps = ("()", "", (_LOW, sides[1])), ("()", "", (sides[1], _INF))
-        return "∈", sides[0][1], (("∪", "", gaps),)
-    if {*ops} <= {*">≥"}:
-        ops, sides = ops[::-1].translate(_FLIP), sides[::-1]
-    if {*ops} <= {*"<≤"} and len(sides) == 2:
-        left = sides[0][0] == "sym"
-        ops, sides = "<" * left + ops + "<", (_LOW, *sides) if left else (*sides, _INF)
-    if {*ops} <= {*"<≤"} and len(sides) == 3 and sides[1][0] == "sym":
-        return "∈", sides[1][1], (("(["[ops[0] == "≤"] + ")]"[ops[1] == "≤"], "", sides[::2]),)
-    return tree
+def _spread(tree):
+    """1 ± 2 becomes the list 1 + 2, 1 - 2."""
+    def choose(tree, signs):
+        return tree if len(tree) < 3 else (tree[0], tree[1].translate(signs),
+                                           tuple(choose(t, signs) for t in tree[2]))
+    kind, ops, parts = tree if tree[0] in (",", "⦃⦄") else (",", ",", (tree,))
+    ways = [str.maketrans("±∓", signs) for signs in ("+-", "-+")]
+    return kind, ops, tuple(t for part in parts for t in (
+        [choose(part, way) for way in ways] if {*"±∓"} & {*repr(part)} else [part]))
 
 
 @lru_cache(maxsize=1 << 12)
-def _parse(text):
-    """Tree of a clean text, or None."""
-    many = sum(map(text.count, _CLOSE)) > MAX_DEPTH
-    depths = itertools.accumulate((c in _CLOSE) - (c in ")]}⦄⟧") for c in text * many)
-    try:
-        parser = _Parser(_UNIT.sub(" ", text) if '"' in text else text)
-        tree = parser.chain() if max(depths, default=0) <= MAX_DEPTH else None
-        return tree if parser.at == len(parser.tokens) - 1 else None
-    except (ValueError, IndexError, RecursionError):  # RecursionError: a long \sin \sin \sin ...
-        return None
+def _parse(tokens):
+    """(tree or None, names and powers of units) of a tuple of tokens."""
+    parser, tree = _Parser(tokens), None
+    with contextlib.suppress(ValueError, IndexError, RecursionError):  # too deep: no answer
+        if sum(t in _CLOSE for t in tokens) <= 4 * MAX_DEPTH:
+            tree = parser.chain()
+            tree = _spread(tree) if {*"±∓"} & {*tokens} else tree
+    return tree if parser.at == len(tokens) else None, parser.units
 
 
 def parse_answer(text):
     """Return the tree of an answer (str), nested tuples, or None if the grammar lacks it."""
-    return _parse(_clean(text)) if isinstance(text, str) and len(text) <= MAX_CHARS else None
+    return _parse(_read(text))[0] if isinstance(text, str) and len(text) <= MAX_CHARS else None
 
 
 # ---- compare: expressions at fixed points, exact (int, Fraction) while they can be, else complex
@@ -585,44 +685,83 @@ def _power(x, y):
     return complex(x) ** (int(y) if whole else complex(y))
 
 
-_OPS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y, "^": _power,
-        "/": lambda x, y: x * _power(y, -1), ":": lambda x, y: x * _power(y, -1)}
+def _divide(x, y):
+    return x * _power(y, -1)
+
+
+def _factorial(x):
+    """x!, between whole numbers by the gamma function."""
+    if isinstance(x, complex) or x.denominator > 1:
+        return complex(math.gamma(float(x.real) + 1)) if x.imag == 0 else math.nan
+    if x > 2500:
+        raise OverflowError("too many digits")
+    return math.factorial(int(x))
+
+
+def _choose(n, k):
+    return _divide(_factorial(n), _factorial(k) * _factorial(n - k))
+
+
+_OPS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": _divide, ":": _divide,
+        "÷": _divide, "C": _choose, "^": _power}
 _FUNCTIONS = {f: getattr(cmath, f) for f in "sin cos tan sinh cosh tanh exp".split()} | {
-    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log,
-    "log": lambda x, base=10: cmath.log(x) / cmath.log(base), "sec": lambda x: 1 / cmath.cos(x),
-    "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x), "abs": abs,
+    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "tg": cmath.tan,
+    "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x), "ln": cmath.log,
+    "cot": lambda x: 1 / cmath.tan(x), "ctg": lambda x: 1 / cmath.tan(x), "lg": cmath.log10,
+    "log": lambda x, base=10: cmath.log(x) / cmath.log(base), "abs": abs,
     "floor": lambda x: math.floor(x.real), "ceil": lambda x: math.ceil(x.real),
-    "!": lambda n: math.factorial(int(n)), "binom": lambda n, k: math.comb(int(n), int(k))}
-_CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j}
-_VALUED, _FLIP = {"num", "sym", "fn", "+", "*", "^"}, str.maketrans("<>≤≥", "><≥≤")
+    "factorial": _factorial, "binom": _choose}
+_INFINITY = 10 ** 40
+_CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j, "∞": _INFINITY}
+_VALUED = {"num", "sym", "fn", "+", "*", "^", ":", "÷"}
 
 
 @lru_cache(maxsize=1 << 12)
-def _point(name, k):
-    """Where a symbol is evaluated: a positive number of its own at point 0, a negative at 1."""
-    return Fraction((-1) ** k * random.Random(f"{name}{k}").randint(10_000, 90_000), 1 << 15)
+def _point(name, k=0):
+    """Where a symbol is evaluated: positive at point 0, negative at 1, complex at 2."""
+    x = Fraction(random.Random(f"{name}{k}").randint(10_000, 90_000), 1 << 15)
+    return (x, -x, complex(x, x / 8))[k]
 
 
-def _value(tree, k):
-    """Value at point k; raises ArithmeticError at a pole or if too large, else ValueError."""
+def _value(tree, at=_point):
+    """Value where a symbol has the value at(name); ArithmeticError or ValueError if none."""
     kind, detail, *parts = tree
-    if kind in ("num", "sym"):
-        return detail if kind == "num" else _CONSTANTS.get(detail) or _point(detail, k)
-    if kind not in _VALUED | {":"}:
+    if kind == "num":
+        return detail
+    if kind == "sym":
+        return _CONSTANTS.get(detail) or at(detail)
+    if kind == "[]" and len(parts[0]) == 1:
+        return _value(parts[0][0], at)
+    if kind not in _VALUED:
         raise ValueError(f"{kind} is no number")
-    total, *rest = values = [_value(t, k) for t in parts[0]]
+    total, *rest = values = [_value(t, at) for t in parts[0]]
     if kind == "fn":
-        if detail in ("!", "binom") and not all(v in range(3000) for v in values):
-            raise ValueError("no small whole number")
         total = _FUNCTIONS[detail](*values)
         return complex(total) if isinstance(total, float) else total
     for op, x in zip(detail, rest):
         total = _OPS[op](total, x)
         if not isinstance(total, complex) and (
-                abs(total.numerator) >> MAX_BITS or total.denominator >> MAX_BITS // 2):
+                abs(total.numerator) >> MAX_BITS or total.denominator >> MAX_BITS):
             raise OverflowError("too many digits")
     noise = isinstance(total, complex) and abs(total) < 1e-13 * sum(map(abs, values))
     return 0 if noise and kind == "+" else total
+
+
+def _residue(tree):
+    """An exact number modulo a prime, however many digits it has; ValueError if it is none."""
+    prime, (kind, ops, *parts) = 2 ** 127 - 1, tree
+    if kind == "num" and not isinstance(ops, complex):
+        return ops.numerator * pow(ops.denominator, -1, prime) % prime
+    if kind == "^" and not isinstance(exponent := _value(parts[0][1]), complex):
+        return pow(_residue(parts[0][0]), int(exponent / (exponent.denominator == 1)), prime)
+    if kind == "fn":
+        return _residue(("num", _value(tree)))
+    if kind not in ("+", "*"):
+        raise ValueError("not exact")
+    total, *rest = map(_residue, parts[0])
+    for op, x in zip(ops, rest):
+        total = total * pow(x, -1, prime) if op == "/" else _OPS[op](total, x)
+    return total % prime
 
 
 def _names(tree):
@@ -632,51 +771,190 @@ def _names(tree):
     return set().union(*map(_names, tree[2])) if tree[2:] else set()
 
 
+def _close(x, y, exact=True):
+    """Whether two values are one; exact: a fraction with a large denominator is no sqrt(2)."""
+    exacts = [v for v in (x, y) if not isinstance(v, complex)]
+    if len(exacts) == 2 or exact and exacts and exacts[0].denominator > 10 ** 4:
+        return x == y
+    return abs(complex(x) - y) <= 1e-11 * max(abs(x), abs(y)) < math.inf
+
+
 def _equal(a, b):
-    """Whether two expressions have one value wherever both have; raises OverflowError."""
+    """Whether two expressions have one value at every point where both have a real one."""
     names, seen = _names(a) | _names(b), False
-    for k in range(2 if names else 1):
-        try:
-            x, y = _value(a, k), _value(b, k)
-        except (ZeroDivisionError, ValueError):
-            continue
-        exact, seen = [v for v in (x, y) if not isinstance(v, complex)], True
-        if len(exact) == 2 or exact and not names and exact[0].denominator > 10 ** 6:
-            same = x == y  # a long decimal is no sqrt(2), however near
-        else:
-            same = abs(complex(x) - y) <= 1e-11 * max(abs(x), abs(y)) < math.inf
-        if not same:
-            return False
+    for k in range(3 if names else 1):
+        with contextlib.suppress(ZeroDivisionError, ValueError, TypeError):
+            x, y = (_value(t, partial(_point, k=k)) for t in (a, b))
+            if k == 1 and (x.imag or y.imag):
+                continue  # sqrt(x^3) is x sqrt(x), if not where x is negative
+            if not _close(x, y, exact=not names):
+                return False
+            seen = True
+            if k == 1:
+                break
     return seen
 
 
+# ---- compare: sets of reals by their members
+
+_HOLDS = {"<": (-1,), ">": (1,), "≤": (-1, 0), "≥": (0, 1), "≠": (-1, 1), "=": (0,)}
+_JOIN = {"∪": operator.or_, "∨": operator.or_, "∩": operator.and_, "∧": operator.and_,
+         "∖": lambda x, y: x and not y}
+
+
+def _order(x, y):
+    """-1, 0 or 1: where x lies from y. Raises ValueError if one is not real."""
+    if not _close(x, y) and abs(complex(x).imag) + abs(complex(y).imag) > 1e-9:
+        raise ValueError("not real")
+    return 0 if _close(x, y) else 1 if x.real > y.real else -1
+
+
+def _is_region(tree):
+    """Whether a tree gives a set of reals by conditions or as a union."""
+    kind, ops, parts = tree if len(tree) > 2 else (tree[1], "", ())
+    return kind in ("ℝ", "∪") or kind == "=" and not {*ops} <= {*"=≈"} or (
+        kind in (",", "⦃⦄") and any(map(_is_region, parts)))
+
+
+def _region(tree, comma):
+    """(numbers at which membership may change, whether x is a member) of a set of reals.
+
+    comma: "∨" or "∧", what it means between conditions. A number is None where one is not linear.
+    """
+    def value(t, x):
+        return _value(t, lambda name: x)
+    kind, ops, parts = tree if len(tree) > 2 else (tree[1], "", ())
+    if kind == "ℝ":
+        return [], lambda x: True
+    if kind in _INTERVALS and len(parts) == 2:
+        ends = [_value(t) for t in parts]
+        if _names(tree) or any(side in "[]" and abs(end) >= _INFINITY for side, end in zip(
+                kind, ends)):
+            raise ValueError("unknown or infinite end")
+        return ends, lambda x: (_order(ends[0], x) < (kind[0] == "[")
+                                and _order(x, ends[1]) < (kind[1] == "]"))
+    if kind == "=" and ops == "∈":
+        return _region(parts[1], comma)
+    if kind == "=":
+        bounds = []
+        for u, v in zip(parts, parts[1:]):
+            f, g, h = (value(u, x) - value(v, x) for x in range(3))
+            bounds.append(_divide(f, f - g) if f != g and _close(h - g, g - f) else None)
+        return bounds, lambda x: all(_order(value(u, x), value(v, x)) in _HOLDS[op]
+                                     for op, u, v in zip(ops, parts, parts[1:]))
+    if kind in ("∪", ",", "⦃⦄"):
+        bounds, members = zip(*(_region(t, comma) for t in parts))
+        ops = (ops or "∨" * len(parts)).replace(",", comma)
+        return sum(bounds, []), lambda x: reduce(
+            lambda inside, pair: _JOIN[pair[0]](inside, pair[1](x)),
+            zip(ops, members[1:]), members[0](x))
+    if _names(tree):
+        raise ValueError("no set of numbers")
+    return [_value(tree)], lambda x: _order(_value(tree), x) == 0
+
+
+def _same_region(a, b, comma):
+    """Whether two sets of reals have the same members: at every bound, between and beyond."""
+    names = (_names(a) | _names(b)) - {"ℝ"}
+    if len(names) > 1:
+        raise ValueError("several unknowns")
+    regions = [_region(tree, comma) for tree in (a, b)]
+    known = [bounds for bounds, _ in regions if None not in bounds]
+    if not known:
+        raise ValueError("not linear")
+    bounds = sorted({x for xs in known for x in xs if abs(x) < _INFINITY}, key=lambda x: x.real)
+    reals = [float(x.real) for x in bounds] or [0.0]
+    gaps = [complex(x + y) / 2 for x, y in zip(reals, reals[1:]) if not math.isclose(x, y)]
+    return all(operator.eq(*(member(x) for _, member in regions)) for x in (
+        *bounds, *gaps, complex(reals[0] - 1), complex(reals[-1] + 1)))
+
+
+# ---- compare: all the rest
+
+def _proportional(a, b):
+    """Whether two equations or inequalities say one thing: their differences are proportional."""
+    if len(a[1] + b[1]) > 2 or {*a[1], *b[1]} & {*"∈≈"} or not _names(a):
+        return False
+    p, q = (("+", "-", t[2]) for t in (a, b))
+    x, y = _value(p), _value(q)
+    return (a[1] if _divide(x, y).real > 0 else a[1].translate(_FLIP)) == b[1] and _equal(
+        ("*", "*", (p, ("num", y))), ("*", "*", (q, ("num", x))))
+
+
+def _is_label(tree):
+    """Whether a tree names a quantity: x, f(x), (x, y), xy, |AB|, A/B, A^{-1}, not 2x or x + y."""
+    kind, parts = tree[0], tree[2] if len(tree) > 2 else ()
+    if kind == "^":
+        return _is_label(parts[0])
+    return kind == "sym" and tree[1] not in "π∞" or kind in ("fn", "*", ":", "()") and all(
+        t[0] == "num" if kind == "fn" and t[0] == "num" else _is_label(t)
+        for t in parts[kind == "*" and parts[0] == _ONE:])
+
+
+def _unlabel(tree):
+    """(label or None, what it is): of x = 5, 5 = x, x = 10/2 = 5, x ≈ 5 and x in {5} it is 5."""
+    if tree[0] == "*" and len(tree[2]) == 2 and tree[2][0][0] == "sym" and (
+            tree[2][1][0] in _INTERVALS | {"⏎", "∪"}):
+        return None, tree[2][1]  # P(1, 2)
+    if tree[0] != "=" or not ({*tree[1]} <= {*"=≈"} or tree[1] == "∈"):
+        return None, tree
+    label, ops, sides = None, tree[1], tree[2]
+    if _is_label(sides[0]):
+        label, ops, sides = sides[0], ops[1:], sides[1:]
+    elif _is_label(sides[-1]):
+        label, sides = sides[-1], sides[:-1]
+    elif _names(tree):
+        return None, tree
+    if label and re.match(r"\w\(", str(label[1])):
+        label = "sym", "y"  # f(x) = x^2 is y = x^2
+    for op, x, y in zip(ops, sides, sides[1:]):
+        if op == "=" and not _same(x, y):
+            return label, tree
+        if op == "≈":  # 2/3 ≈ 0.67, but not 4 ≈ 5
+            x, y = _value(x), _value(y)
+            if isinstance(x, int) or abs(x - y) * y.denominator >= 1:
+                return label, tree
+    return label, sides[0]
+
+
+def _distribute(tree):
+    """A number times a matrix, as a matrix."""
+    if tree[:2] == ("*", "*"):
+        for x, m in (tree[2], tree[2][::-1]):
+            if m[0] in ("()", "⏎", "&") and x[0] in _VALUED:
+                return m[0], m[1], tuple(_distribute(("*", "*", (x, t))) for t in m[2])
+    return tree
+
+
 def _same(a, b):
-    """Whether two trees are equal: in any order in sets and unions, else elementwise."""
-    if a[0] == b[0] == "=" and len(a[1] + b[1]) == 2 and _names(a) and all(
-            t[0] in _VALUED for t in a[2] + b[2]):  # are their differences proportional?
-        p, q = (("+", "-", t[2]) for t in (a, b))
-        x, y = _value(p, 0), _value(q, 0)
-        return (a[1] if (x / y).real > 0 else a[1].translate(_FLIP)) == b[1] and _equal(
-            ("*", "*", (p, ("num", y))), ("*", "*", (q, ("num", x))))
-    a, b = _meaning(a), _meaning(b)
-    if (a[0] == "∈") != (b[0] == "∈"):  # x < 5 is the interval
-        return _same(*(t[2][0] if t[0] == "∈" else t for t in (a, b)))
+    """Whether two trees are equal: in any order in lists and sets, else elementwise."""
+    if a == b or a[0] == b[0] == "=" and _proportional(a, b):
+        return True
+    (label, a), (other, b) = _unlabel(a), _unlabel(b)
+    if label and other and label != other:
+        return False
+    a, b = _distribute(a), _distribute(b)
     kinds = {a[0], b[0]}
-    if kinds & {"⦃⦄", "∪"}:
-        rest, items = ([*t[2]] if t[0] in ("⦃⦄", "∪") else [t] for t in (a, b))
-        if all(t[0] == "()" for t in items + rest):  # a point twice is once
+    if _is_region(a) or _is_region(b):
+        with contextlib.suppress(ValueError):
+            return _same_region(a, b, "∨") or _same_region(a, b, "∧")
+    if kinds & {",", "⦃⦄"}:
+        rest, items = ([*t[2]] if t[0] in (",", "⦃⦄") else [t] for t in (a, b))
+        if "⦃⦄" in kinds or all(t[0] == "()" for t in items + rest):  # an element twice is once
             rest, items = [*dict.fromkeys(rest)], [*dict.fromkeys(items)]
-        if len(kinds & {"⦃⦄", "∪"}) > 1 or not len(items) == len(rest) <= MAX_ITEMS:
+        if not len(items) == len(rest) <= MAX_ITEMS:
             return False
         while items and (found := next((y for y in rest if _same(items[-1], y)), None)):
             rest.remove(found)
             items.pop()
         return not items
-    if kinds <= _VALUED or kinds == {":"} and len(a[1] + b[1]) == 2:
+    if kinds <= _VALUED and (":" not in kinds or kinds == {":", "*"} or (
+            kinds == {":"} and len(a[1] + b[1]) == 2)):
         try:
             return _equal(a, b)
         except OverflowError:  # 10^{10^{10}}
-            pass
+            with contextlib.suppress(ArithmeticError, ValueError):
+                return _residue(a) == _residue(b)
     return a[:2] == b[:2] and len(a) > 2 and len(a[2]) == len(b[2]) and all(map(_same, a[2], b[2]))
 
 
@@ -691,19 +969,15 @@ def verify(response, gold):
     answer, gold = extract_answer(response), str(gold) if isinstance(gold, (int, float)) else gold
     if answer is None or not isinstance(gold, str) or max(len(answer), len(gold)) > MAX_CHARS:
         return answer is not None and answer == gold
-    a, b = _clean(answer), _clean(gold)
+    a, b = _read(answer), _read(gold)
     if a == b:
-        return a != ""
-    units = [[m[1] for m in _UNIT.finditer(t) if m[1]] for t in (a, b)]
-    if all(units) and units[0] != units[1]:  # units say nothing, but cm^2 is not cm^3
-        return False
-    labels = [[re.sub(r"\s", "", s) for s in _LABEL.findall(t)] for t in (a, b)]
-    readings = [(a, b)]
-    if len({*labels[0], *labels[1]}) == 1 or any(labels) != all(labels):  # x = 5 is 5
-        readings.append((_LABEL.sub("", a), _LABEL.sub(lambda m: m[0] * ("+" in m[0]), b)))
+        return a != ()
+    (a, units), (b, others) = _parse(a), _parse(b)
+    if a is None or b is None or any(x and y and x != y for x, y in zip(units, others)):
+        return False  # 15 cm^2 may go without its unit, but is not 15 cm^3
     try:
-        return any(x and y and _same(x, y) for x, y in (map(_parse, pair) for pair in readings))
-    except (ArithmeticError, ValueError, RecursionError):  # no number, too large, 1/0
+        return _same(a, b)
+    except (ArithmeticError, ValueError, TypeError, RecursionError):  # no number, too large, 1/0
         return False
 
 

@@ -304,7 +304,53 @@ x=5, y=6  ==  y=6, x=5  x = 5, y = 12/2  !=  x=6, y=5  x=5  (5,6)
 \text{two lines}  ==  two lines  \textbf{two lines}  !=  \text{two points}  2  lines
 \text{(C)}  ==  C  (C)  \text{C}  \textbf{(C)}  \mathrm{C}  (\text{C})  C.  !=  D  (B)  c  AC
 \text{CBAD}  ==  CBAD  !=  ABCD  \text{CBDA}
-\text{June 20}  ==  June 20  !=  20  June 21  July 20"""
+\text{June 20}  ==  June 20  !=  20  June 21  July 20
+30\sqrt{p^3}  ==  30p\sqrt{p}  30 p^{3/2}  !=  30p^2  30\sqrt{p}
+\sqrt{x^2}  ==  |x|  !=  x  -x
+\frac{\sqrt2}{2}  ==  \frac{1}{\sqrt2}  \sqrt{\frac12}  √2/2  2^{-1/2}  !=  \frac{\sqrt2}{4}
+\frac{3}{5}  ==  3:5  {3 \over 5}  3/5  0.6  !=  5:3  \frac35 \text{ squared}
+3:5  ==  3 \text{ to } 5  3{:}5  !=  3  5
+|AB|=1  ==  1  |AB| = 1.0  !=  |AB|=2  |CD|=1  2
+\frac{NO}{BO}=\frac12  ==  \frac12  1/2  !=  2  \frac{BO}{NO}=\frac12
+m\angle A = 50^\circ  ==  50  50^{\circ}  50°  !=  \angle B = 50^\circ  60
+f(x)=x^2  ==  y=x^2  x^2  f(x) = x\cdot x  !=  x  f(x)=2x
+P(\text{win})=\frac23  ==  \frac23  P(win) = 2/3  !=  \frac13
+i=3  ==  3  !=  i=4  3i
+11  ==  x\approx 11  \approx 11  11th  11^{\text{th}}  11^{\mathrm{st}}  \text{The answer is 11}  !=  12
+1500000  ==  1.5\times 10^6  1.5e6  1.5 \text{ million}  15 \text{ hundred thousand}  !=  1.5  1.5e5
+\frac{1}{6}  ==  0.1\overline{6}  0.1\overline6  ⅙  !=  0.16  0.1\overline{7}  \frac{1}{60}
+\log_2 9  ==  2\log_2 3  \frac{\ln 9}{\ln 2}  \log_2(9)  !=  \log_3 8  \log 9
+\sin^2 x  ==  (\sin x)^2  \sin(x)^2  1-\cos^2 x  sin(x)^2  !=  \sin x^2  \sin(x^2)
+\arctan 2  ==  \tan^{-1} 2  \tan^{-1}(2)  !=  \cot 2  \frac{1}{\tan 2}
+\cos x  ==  \sin(90^\circ - x)  cos(x)  \sin x \cot x  !=  \sin(90 - x)
+\cos\alpha  ==  cos(α)  cos(alpha)  !=  \cos\beta  -\cos\alpha
+\binom{n}{2}  ==  \frac{n(n-1)}{2}  {n \choose 2}  \frac{n!}{2!(n-2)!}  !=  \frac{n(n+1)}{2}
+2004!  ==  2004\cdot 2003!  \frac{2005!}{2005}  !=  2005!  2004  (2003!)
+9^{9^9}  ==  3^{2\cdot 9^9}  (9^{9^8})^9  !=  9^{9^8}  9^{9^9}+1  9^{9^{10}}
+\frac{1}{10^{100000}}  ==  10^{-100000}  10\cdot 10^{-100001}  !=  10^{-99999}  0
+-3<x<5  ==  x>-3 \text{ and } x<5  x>-3, x<5  |x-1|<4  !=  x>-3 \text{ or } x<5  x>-3
+x \ge 2  ==  2x \ge 4  -x \le -2  x-2 \ge 0  2 \le x  \{x \mid x \ge 2\}  !=  2x>4  2x \ge 5  y \ge 2
+x<-2 \text{ or } x>2  ==  |x|>2  x^2>4  (-\infty,-2) U (2,\infty)  !=  x<-2 \text{ and } x>2  |x|<2
+[1,3]  ==  [1,2]\cup[2,3]  \{x \in \mathbb{R} : 1 \le x \le 3\}  !=  [1,2]\cup(2,3)  [1,2)\cup(2,3]
+(-\infty,0)  ==  x<0  0>x  -x>0  !=  [-\infty,0)  (-\infty,0]  (0,\infty)
+0<f(x)<1  ==  (0,1)  f(x) \in (0,1)  1>f(x)>0  !=  [0,1]  0<g(x)<2
+f(2)<f(1)<f(4)  ==  f(4)>f(1)>f(2)  !=  f(1)<f(2)<f(4)  f(2)<f(1)
+\mathbb{R}  ==  (-\infty,\infty)  \text{all real numbers}  x \in \mathbb{R}  ℝ  !=  (0,\infty)  \emptyset
+\emptyset  ==  \varnothing  \{\}  \text{no solution}  No real solutions  !=  \{0\}  0
+\{1,2,3\}  ==  \{1,2\}\cup\{3\}  \{3,2,1\}  \{1,2,2,3\}  1, 2, and 3  !=  \{1,2\}  (1,2,3)
+3,3  ==  3, 3  3 and 3  !=  3  3,3,3
+\{1\pm\sqrt5,-2\}  ==  \{-2, 1-\sqrt5, 1+\sqrt5\}  -2, 1 \mp \sqrt5  !=  \{1+\sqrt5,-2\}  1\pm\sqrt5
+(1,2,3)  ==  P(1,2,3)  \text{Vertex: }(1,2,3)  \begin{bmatrix}1\\2\\3\end{bmatrix}  !=  (1,3,2)
+\begin{pmatrix} 1/2 \\ 1 \end{pmatrix}  ==  \frac12\begin{pmatrix} 1 \\ 2 \end{pmatrix}  !=  (1, 2)
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  ==  \begin{pmatrix} 1 & 2 \\[2pt] 3 & 4 \\ \end{pmatrix}  !=  \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}  -2
+15\text{ cm}^2  ==  15  15\text{ square cm}  15 cm²  15\,\mathrm{cm^2}  !=  15\text{ cm}^3  15\text{ m}^2
+12\text{ m/s}  ==  12  12\ \frac{\text{m}}{\text{s}}  !=  12 km/h  \frac{12}{5}\text{ m/s}  5
+5.4\text{ cents}  ==  5.4  5.4¢  !=  5.4\text{ dollars}  54
+1.9  ==  1.90  \color{red}{1.9}  \textcolor{blue}{1.9}  !=  19  1.8999999999999999
+7  ==  \text{seven}  \{7\}  \boldsymbol{7}  \emph{7}  7\\  \underline{7}  !=  [7]  (7,7)  7 \ne 8
+\text{A5}_{11}  ==  A5_{11}  \mathrm{A5}_{11}  A5₁₁  !=  A5_{12}  A6_{11}  5_{11}
+2516_8  ==  2516_{8}  2516_{\text{eight}}  2516 \text{ (base 8)}  2516 \text{ base eight}  !=  2516_9
+5  ==  10/2  !=  4 \approx 5  5 = 6  5:1  5 \text{ thousand}  5 \text{ squared}  5!  5 \text{ or } x  5 \pm 0"""
 PAIRS = [(gold, answer, k == 0) for row in TABLE.strip().splitlines()
          for gold, rest in [row.split("  ==  ")]
          for k, answers in enumerate(rest.split("  !=  ")) for answer in answers.split("  ")]
