@@ -13,17 +13,19 @@ give to a response:
     cw-nsr       lam           -w(y)          arXiv:2605.07137: weighed by the confidence in y
     acw-nsr      lam(t)        -beta(t) w(y)  both at once: in neither paper
     grpo         (r - mean) / (std + eps) in the prompt's group, KL to the base  arXiv:2402.03300
+    ppo          reward to come - value, by a learned critic, KL in the reward   arXiv:1707.06347
 
 The file reads from top to bottom: config, data, verification, model, rollout,
 schedules, loss, evaluation, checkpoint and log, train, main. Log-probabilities, entropies and
 confidences come straight from the logits through kernels/logprob.py. Left out, so that it can be
-read in one sitting: more than one GPU, inference servers, learned rewards, tools.
+read in one sitting: models larger than a GPU, inference servers, learned rewards, tools.
 
     python nsr.py                                # the embedded task: no GPU, no network, no data
     python nsr.py --method psr --seed 1          # another method
     python nsr.py --preset qwen-math             # Qwen2.5-Math-1.5B on MATH, one GPU
     python nsr.py --model DIR --data FILE.jsonl  # any causal LM, any problems
     python nsr.py --resume out/a-nsr-1           # go on with a run that was stopped or killed
+    torchrun --nproc-per-node 2 nsr.py           # each rank samples its share of the prompts
     python eval.py out/a-nsr-1 out/psr-1         # Pass@k of several models side by side
 """
 
@@ -58,15 +60,18 @@ import regex as re
 import tokenizers
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
+                          DynamicCache)
 
 from kernels.logprob import TokenStats, token_stats_from_logits
 
 # --------------------------------------------------------------------------------------------------
 # config
 
-METHODS = ("reinforce", "psr", "nsr", "w-reinforce", "a-nsr", "cw-nsr", "acw-nsr", "grpo")
+METHODS = ("reinforce", "psr", "nsr", "w-reinforce", "a-nsr", "cw-nsr", "acw-nsr", "grpo", "ppo")
 SCHEDULES = ("exponential", "cosine", "accuracy")
+STATES = ("float32", "bf16", "cpu")
+RANK, WORLD_SIZE = (int(os.environ.get(*name)) for name in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
 def flag(default, help, choices=None, above=None):
@@ -105,7 +110,9 @@ class Config:
     lam_min: float = flag(0.05, "lam(t) of a-nsr at t = 0")
     lam_max: float = flag(0.2, "lam(t) of a-nsr at t = T")
     entropy_coef: float = flag(0.0, "entropy bonus (1e-4 in the papers)")
-    kl_coef: float = flag(None, "KL to the model before training; default: 1e-3 in grpo, else 0")
+    kl_coef: float = flag(None, "KL to the model before training, in the loss, of ppo in the "
+                          "reward; default: 1e-3 in grpo and ppo, else 0")
+    critic_lr: float = flag(1e-3, "learning rate of the critic in ppo", above=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
     eval_every: int = flag(0, "Pass@k every so many steps; 0: only before and after training")
     eval_problems: int = flag(100, "held-out problems to evaluate on", above=0)
@@ -115,12 +122,15 @@ class Config:
     micro_tokens: int = flag(2**13, "most tokens in a training pass, pads included", above=0)
     bf16: bool = flag(False, "bf16 autocast over float32 weights; the presets' on a GPU only")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
+    optimizer_state: str = flag("float32", "AdamW's two numbers a weight: bf16 halves their memory "
+                                "for some noise, cpu moves them over at every update", STATES)
+    profile: bool = flag(False, "trace the second step: trace.json, and its costliest operations")
     device: str = flag("", "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu")
 
 
 QWEN_MATH = dict(
     model="Qwen/Qwen2.5-Math-1.5B", data="math-train", eval_data="math500", steps=100, lr=1e-6,
-    prompts=128, updates=4, max_new_tokens=2048, eval_samples=4, save_every=5, bf16=True,
+    prompts=128, updates=4, max_new_tokens=2048, eval_samples=4, save_every=5, bf16=True, critic_lr=1e-5,
     rollout_tokens=2**18, micro_tokens=2**14, gradient_checkpointing=True)
 PRESETS = {
     "countdown": {},
@@ -129,7 +139,7 @@ PRESETS = {
 }
 # what a resumed run may change: neither method, model nor data
 RESUMABLE = ("steps", "eval_every", "save_every", "device", "rollout_tokens", "micro_tokens",
-             "gradient_checkpointing")
+             "gradient_checkpointing", "optimizer_state", "profile")
 
 
 class UserError(Exception):
@@ -150,7 +160,7 @@ def resolve(given):
         settings["eval_data"] = ""  # the preset's goes with its own --data
     cfg = Config(**settings)
     if cfg.kl_coef is None:
-        cfg.kl_coef = 1e-3 if cfg.method == "grpo" else 0.0
+        cfg.kl_coef = 1e-3 if cfg.method in ("grpo", "ppo") else 0.0
     check(cfg)
     return cfg
 
@@ -162,8 +172,9 @@ def check(cfg):
         if above is not None and not above < value < math.inf:
             name = knob.name.replace("_", "-")
             raise UserError(f"--{name} {value}: must be above {above} and finite")
-    if cfg.prompts % cfg.updates:
-        raise UserError(f"--prompts {cfg.prompts} does not divide into --updates {cfg.updates}")
+    if cfg.prompts % (cfg.updates * WORLD_SIZE):
+        raise UserError(f"--prompts {cfg.prompts} does not divide into --updates {cfg.updates}"
+                        + f" on {WORLD_SIZE} ranks" * (WORLD_SIZE > 1))
     if cfg.method == "grpo" and cfg.group_size < 2:
         raise UserError("--method grpo compares the responses of a group: --group-size 2 or more")
 
@@ -1024,20 +1035,52 @@ def verify_countdown(response, gold):
 
 
 # --------------------------------------------------------------------------------------------------
+# ranks: the processes of torchrun; without it there is one
+
+
+def on_first_rank(body):
+    """What body() returns on rank 0, on every rank; likewise its UserError."""
+    result = [None]
+    if RANK == 0:
+        try:
+            result = [body()]
+        except UserError as e:
+            result = [e]
+    if WORLD_SIZE > 1:
+        torch.distributed.broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
+
+
+def gather(values):
+    """The lists of all ranks, one after the other."""
+    lists = [values] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        torch.distributed.all_gather_object(lists, values)
+    return sum(lists, [])
+
+
+def over_ranks(*numbers):
+    """The sum of each number over all ranks."""
+    return [sum(column) for column in zip(*gather([numbers]))]
+
+
+# --------------------------------------------------------------------------------------------------
 # model
 
 
-def load_model(name, device):
+def load_model(name, device, kind=AutoModelForCausalLM, **options):
     """(model, tokenizer) from a directory, a run's out/NAME, a hub name, or countdown.
 
     The model is in float32, without dropout: rollout and training pass see one policy.
     Raises UserError.
     """
-    path = countdown_base() if name == "countdown" else name
+    path = on_first_rank(countdown_base) if name == "countdown" else name
     path = Path(path, "checkpoint") if Path(path, "checkpoint").is_dir() else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = kind.from_pretrained(path, dtype=torch.float32, **options)
     except Exception as e:  # files, formats and hub have no common error; all mean: no model
         raise UserError(f"cannot load the model {name} ({first_line(e)}); give a model directory, "
                         "or a hub name and the network that it takes") from e
@@ -1046,8 +1089,9 @@ def load_model(name, device):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    tokens = {k: getattr(model.generation_config, k) for k in ("eos_token_id", "pad_token_id")}
-    model.generation_config = transformers.GenerationConfig(**tokens)  # others may fail to save
+    if model.can_generate():
+        tokens = {k: getattr(model.generation_config, k) for k in ("eos_token_id", "pad_token_id")}
+        model.generation_config = transformers.GenerationConfig(**tokens)  # others may fail to save
     return model.to(device), tokenizer
 
 
@@ -1295,6 +1339,24 @@ def micro_batches(responses, rows, micro_tokens):
     return cut
 
 
+def critic_values(critic, responses):
+    """(values, loss mask) (B, R): what the critic expects to come before each response token."""
+    ids, mask, loss_mask = collate(responses, critic.device)
+    values = critic(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False,
+                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]).logits
+    return values[:, -loss_mask.shape[1] :, 0].float(), loss_mask
+
+
+@torch.no_grad()
+def score_values(critic, responses, cfg):
+    """The critic's values of the tokens of B responses, without gradient: B tensors (tokens,)."""
+    values = [None] * len(responses)
+    for rows in micro_batches(responses, range(len(responses)), cfg.micro_tokens):
+        for i, row in zip(rows, critic_values(critic, [responses[i] for i in rows])[0]):
+            values[i] = row[: len(responses[i].ids)]
+    return values
+
+
 @torch.no_grad()
 def score(model, responses, cfg):
     """(log-probs, entropies, confidences) without gradient: lists of B tensors (tokens,), and (B,).
@@ -1378,12 +1440,12 @@ def advantages(method, reward, confidence, lam, beta, eps=1e-6):
 def policy_loss(logp, old_logp, adv, loss_mask, denom, clip=0.2):
     """Clipped policy-gradient loss: -sum over tokens of min(rho A, clip(rho) A), over denom.
 
-    logp, old_logp: (B, R) float32, of the sampled tokens at the sampling temperature; adv: (B,);
-    loss_mask: (B, R) bool. denom: response tokens of the whole mini-batch, those with A = 0 too,
+    logp, old_logp: (B, R) float32, of the sampled tokens at the sampling temperature; adv: (B,),
+    or (B, R) in ppo; loss_mask: (B, R) bool. denom: response tokens of the whole mini-batch, those with A = 0 too,
     so that its parts add up however it is cut, and w-reinforce is lam psr + nsr.
     arXiv:1707.06347 Eq. 7 per token, with the advantages of arXiv:2506.01347.
     """
-    rho, adv = (logp - old_logp).exp(), adv[:, None]
+    rho, adv = (logp - old_logp).exp(), adv.view(len(adv), -1)
     objective = torch.minimum(rho * adv, rho.clamp(1 - clip, 1 + clip) * adv)
     return -objective[loss_mask].sum() / denom
 
@@ -1392,6 +1454,29 @@ def kl_to_reference(logp, ref_logp):
     """Per-token estimate k3 of KL(pi || ref), never negative. arXiv:2402.03300 Eq. 4."""
     logratio = ref_logp - logp
     return logratio.exp() - 1 - logratio
+
+
+def gae(reward, value):
+    """(advantages, returns) of the tokens of a response in ppo, by GAE with gamma = lambda = 1.
+
+    reward, value: (tokens,) float32; value: what the critic expects to come, before each token.
+    arXiv:1506.02438 Eq. 18: the sum of the rewards to come, and what it exceeds the value by.
+
+    >>> gae(torch.tensor([0., 0., 1.]), torch.tensor([.5, .25, .75]))
+    (tensor([0.5000, 0.7500, 0.2500]), tensor([1., 1., 1.]))
+    """
+    returns = reward.flip(0).cumsum(0).flip(0)
+    return returns - value, returns
+
+
+def value_loss(value, old_value, returns, loss_mask, denom, clip=0.2):
+    """Clipped squared error of the critic: the larger of two, value not far from old_value in one.
+
+    All (B, R), denom as in policy_loss.
+    """
+    near = old_value + (value - old_value).clamp(-clip, clip)
+    error = torch.maximum((value - returns) ** 2, (near - returns) ** 2)
+    return 0.5 * error[loss_mask].sum() / denom
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1460,6 +1545,8 @@ class Run:
     tokenizer: transformers.PreTrainedTokenizerBase
     reference: torch.nn.Module  # the model before training; None where nothing asks for its KL
     optimizer: torch.optim.Optimizer
+    critic: torch.nn.Module = None  # of ppo
+    critic_optimizer: torch.optim.Optimizer = None
     step: int = 0  # steps done
     warned: set = field(default_factory=set)
 
@@ -1480,6 +1567,8 @@ def duration(seconds):
 
 def live(text, done=False):
     """Show where a long phase stands: in place on a terminal, every half minute in a log."""
+    if RANK:
+        return
     terminal, now = sys.stdout.isatty(), time.time()
     if done or now - live.shown > (0.2 if terminal else 30):
         live.shown = now
@@ -1533,10 +1622,15 @@ def save_checkpoint(run):
 
     No generator's state is in it: the draws of a step follow from the seed and the step.
     """
+    if RANK:
+        return
     with uninterrupted(), whole_directory(run.path / "checkpoint") as unfinished:
         run.model.save_pretrained(unfinished)
         run.tokenizer.save_pretrained(unfinished)
         state = {"step": run.step, "optimizer": run.optimizer.state_dict()}
+        if run.critic is not None:
+            state |= {"critic": run.critic.state_dict(),
+                      "critic_optimizer": run.critic_optimizer.state_dict()}
         torch.save(state, unfinished / "trainer.pt")
 
 
@@ -1570,6 +1664,8 @@ def read_log(path):
 
 
 def append_log(path, rows):
+    if RANK:
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -1590,6 +1686,8 @@ def print_step(m, left, header):
 
 def plot(run):
     """Draw metrics.jsonl as curves.png."""
+    if RANK:
+        return
     from matplotlib.figure import Figure  # slow to import
     rows = read_log(run.path / "metrics.jsonl")
     steps = [row for row in rows if "correct" in row]
@@ -1633,18 +1731,17 @@ def peak_memory(device):
 
 @dataclass
 class Batch:
-    """What the updates of a step learn from: B = prompts x group_size responses."""
+    """What the updates of a step learn from: B responses, this rank's share of the step's."""
 
-    responses: list  # of Response, grouped by prompt
+    responses: list  # of Response, grouped by prompt; the prompts of a mini-batch stand together
     old_logp: list  # of B tensors (tokens,) float32: by the training pass, before any update
     ref_logp: list  # the same by the model before training, or None
-    adv: torch.Tensor  # (B,) float32
+    adv: torch.Tensor  # (B,) float32; in ppo (B, R)
+    values: list = None  # of B tensors (tokens,): the critic's before any update, in ppo
+    returns: list = None  # of B tensors (tokens,): what it learns
 
 
-def seeded(run, purpose):
-    """A torch.Generator whose draws follow from the run's seed and the `purpose` (str) alone."""
-    digest = hashlib.sha1(f"{run.cfg.seed} {purpose}".encode()).digest()
-    return torch.Generator(run.model.device).manual_seed(int.from_bytes(digest[:7], "big"))
+pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
 
 
 def autocast(run):
@@ -1663,15 +1760,17 @@ def collect(run):
              f"{sampled / (time.time() - clock[0]):,.0f} a second")
 
     chosen = batch_indices(run.step, cfg.prompts, len(run.problems), cfg.seed)
+    places = np.arange(cfg.prompts).reshape(cfg.updates, -1)  # a row a mini-batch
+    places = places[:, RANK::WORLD_SIZE].ravel().tolist()  # this rank's share of each
+    asked = [run.problems[chosen[i]] for i in places for _ in range(cfg.group_size)]
     with autocast(run):
         responses = list(rollout(
-            run.model, [run.prompts[i] for i in chosen], cfg.group_size, cfg.max_new_tokens,
-            stop_tokens(run.model, run.tokenizer), seeded(run, f"rollout {run.step}"),
-            temperature=cfg.temperature, rollout_tokens=cfg.rollout_tokens, tick=tick))
+            run.model, [run.prompts[chosen[i]] for i in places],
+            [draw_seeds(f"{cfg.seed} rollout {run.step} {i}", cfg.group_size) for i in places],
+            cfg.max_new_tokens, stop_tokens(run.model, run.tokenizer), tick=tick,
+            temperature=cfg.temperature, rollout_tokens=cfg.rollout_tokens))
     clock.append(time.time())
     texts = run.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
-    answers = [extract_answer(text) for text in texts]
-    asked = [run.problems[i] for i in chosen for _ in range(cfg.group_size)]
     correct = torch.tensor([p.verify(text, p.answer) for p, text in zip(asked, texts)])
     clock.append(time.time())
     with autocast(run):
@@ -1679,31 +1778,59 @@ def collect(run):
         ref_logp = score(run.reference, responses, cfg)[0] if run.reference is not None else None
 
     # the schedules move with the step: once per batch of rollouts, not per mini-batch or loss call
-    lam, beta = method_weights(cfg, run.step, accuracy=mean(correct))
-    reward = torch.where(correct, 1.0, -1.0).to(confidence).view(cfg.prompts, cfg.group_size)
-    adv = advantages(cfg.method, reward, confidence.view_as(reward), lam, beta)
-    batch = Batch(responses, old_logp, ref_logp, adv.flatten())
+    everywhere = gather(correct.tolist())
+    lam, beta = method_weights(cfg, run.step, accuracy=sum(everywhere) / len(everywhere))
+    reward = torch.where(correct, 1.0, -1.0).to(confidence)
+    batch = Batch(responses, old_logp, ref_logp, None)
+    if cfg.method == "ppo":  # PPO: the KL is in the reward of each token, the verdict in the last's
+        rewards = [cfg.kl_coef * (ref - old) for ref, old in zip(ref_logp, old_logp)]
+        for tokens, verdict in zip(rewards, reward):
+            tokens[-1] += verdict
+        with autocast(run):
+            batch.values = score_values(run.critic, responses, cfg)
+        adv, batch.returns = zip(*map(gae, rewards, batch.values))
+        batch.adv = pad(adv)
+    else:
+        groups = reward.view(-1, cfg.group_size)
+        batch.adv = advantages(cfg.method, groups, confidence.view_as(groups), lam, beta).flatten()
     clock.append(time.time())
+    metrics, samples = measure(run, batch, asked, texts, correct, entropy, confidence)
+    return batch, metrics | {"lam": lam, "beta": beta, "time": {
+        name: b - a for name, a, b in zip(("rollout", "verify", "score"), clock, clock[1:])}}, samples
 
-    logp, sampled_logp = confidence.log().cpu(), torch.tensor(sum((r.logp for r in responses), []))
-    metrics = {
-        "step": run.step + 1, "steps": cfg.steps, "correct": mean(correct),
-        "boxed": mean(torch.tensor([answer is not None for answer in answers])),
-        "unparsed": mean(torch.tensor([parse_answer(answer) is None for answer, p in zip(
-            answers, asked) if answer is not None and p.verify is verify])),
-        "truncated": mean(torch.tensor([not r.stopped for r in responses])),
-        "length": len(sampled_logp) / len(responses), "tokens": len(sampled_logp),
-        "entropy": mean(torch.cat(entropy)), "logp_correct": mean(logp[correct]),
-        "logp_incorrect": mean(logp[~correct]), "lam": lam, "beta": beta,
-        "adv_incorrect": mean(batch.adv.cpu()[~correct]),
-        "rollout_gap": mean((torch.cat(old_logp).cpu() - sampled_logp).abs()),
-        "time": {"rollout": clock[1] - clock[0], "verify": clock[2] - clock[1],
-                 "score": clock[3] - clock[2]}}
-    picked = torch.cat([correct.nonzero()[:1, 0], (~correct).nonzero()[:1, 0]]).tolist()
-    samples = [{"step": run.step + 1, "correct": bool(correct[i]), "question": asked[i].question,
-                "answer": asked[i].answer, "response": texts[i], "confidence": float(confidence[i])}
-               for i in picked]
-    return batch, metrics, samples
+
+def measure(run, batch, asked, texts, correct, entropy, confidence):
+    """(metrics, a correct and an incorrect sample) of a step, over the responses of all ranks."""
+    answers = [extract_answer(text) for text in texts]
+    gap = [(old.cpu() - torch.tensor(r.logp)).abs().sum()
+           for old, r in zip(batch.old_logp, batch.responses)]
+    adv = batch.adv.view(len(texts), -1).mean(1)
+    rows = gather([{
+        "correct": bool(ok), "boxed": answer is not None, "truncated": not r.stopped,
+        "unparsed": answer is not None and problem.verify is verify and parse_answer(answer) is None,
+        "tokens": len(r.ids), "entropy": float(h.sum()), "confidence": float(c), "adv": float(a),
+        "gap": float(g), "question": problem.question, "answer": problem.answer, "response": text}
+        for ok, answer, r, problem, h, c, a, g, text in zip(
+            correct, answers, batch.responses, asked, entropy, confidence, adv, gap, texts)])
+    of = {ok: [row for row in rows if row["correct"] is ok] for ok in (True, False)}
+
+    def average(key, rows=rows, over=len):
+        return sum(row[key] for row in rows) / over(rows) if rows else None
+
+    def tokens(rows):
+        return sum(row["tokens"] for row in rows)
+
+    logp = {ok: sum(math.log(max(row["confidence"], 1e-30)) for row in of[ok]) / len(of[ok])
+            if of[ok] else None for ok in of}
+    samples = [{"step": run.step + 1} | {key: row[key] for key in (
+        "correct", "question", "answer", "response", "confidence")} for ok in of for row in of[ok][:1]]
+    return {"step": run.step + 1, "steps": run.cfg.steps, "correct": average("correct"),
+            "boxed": average("boxed"), "unparsed": average("unparsed", over=lambda rows: max(1, sum(
+                row["boxed"] for row in rows))), "truncated": average("truncated"),
+            "length": average("tokens"), "tokens": tokens(rows),
+            "entropy": average("entropy", over=tokens), "logp_correct": logp[True],
+            "logp_incorrect": logp[False], "adv_incorrect": average("adv", of[False]),
+            "rollout_gap": average("gap", over=tokens)}, samples
 
 
 def warn(run, batch, metrics, samples):
@@ -1728,48 +1855,98 @@ def warn(run, batch, metrics, samples):
             live(f"warning, step {metrics['step']}: {text}", done=True)
 
 
+def step_optimizer(run, model, optimizer, loss):
+    """Clip the gradient, summed over the ranks, and step. Returns its norm before clipping.
+
+    loss: of this rank. Raises UserError, before the step, where it or the gradient is not finite.
+    """
+    params = list(model.parameters())
+    if WORLD_SIZE > 1:
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(params, run.cfg.grad_clip).item()
+    if not math.isfinite(norm + loss):
+        raise UserError(f"step {run.step + 1}: the loss or its gradient is not finite; stopped "
+                        f"before the update, what {run.path} holds is sound; start a new run "
+                        "with a lower --lr")
+    if run.cfg.optimizer_state == "float32":
+        optimizer.step()
+        return norm
+    for p in params:  # one at a time, so that the state of one only is in float32 on the device
+        optimizer.param_groups[0]["params"] = [p]
+        state = optimizer.state[p]
+        for key in {"exp_avg", "exp_avg_sq"} & state.keys():
+            state[key] = state[key].to(p.device, torch.float32)
+        optimizer.step()
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = state[key].cpu() if run.cfg.optimizer_state == "cpu" else to_bf16(state[key])
+    optimizer.param_groups[0]["params"] = params
+    return norm
+
+
+def to_bf16(x):
+    """x in bfloat16, rounded up or down at random: to the nearest, small changes would be lost."""
+    bits = x.view(torch.int32)
+    return (bits + torch.randint_like(bits, 1 << 16) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
 def update(run, batch):
     """cfg.updates optimizer steps, each on a mini-batch of whole groups. Returns metrics (dict).
 
     Raises UserError, before the optimizer's step, where loss or gradient is not finite.
     """
     cfg, model, norms, clipped = run.cfg, run.model, [], 0
+    kl_coef = cfg.kl_coef if cfg.method != "ppo" else 0.0
     model.train()  # gradient checkpointing asks for it; there is no dropout
-    pad, adv_of = torch.nn.utils.rnn.pad_sequence, batch.adv.tolist()
-    for mini in torch.arange(len(adv_of)).chunk(cfg.updates):
+    torch.manual_seed(run.step)  # of to_bf16
+    for mini in torch.arange(len(batch.responses)).chunk(cfg.updates):
+        rows = [i for i in mini.tolist() if batch.adv[i].any() or cfg.entropy_coef or kl_coef]
         # ONE denominator, before the cut into micro-batches. A = 0 counts in it, so all methods
         # divide by the same number; but its gradient is 0, so it needs no forward pass.
-        denom = sum(len(batch.responses[i].ids) for i in mini)
-        rows = [i for i in mini.tolist() if adv_of[i] or cfg.entropy_coef or cfg.kl_coef]
-        if not rows:
+        denom, busy = over_ranks(sum(len(batch.responses[i].ids) for i in mini), len(rows))
+        if not busy:
             continue
         run.optimizer.zero_grad()
         total = 0.0
         for micro in micro_batches(batch.responses, rows, cfg.micro_tokens):
+            responses = [batch.responses[i] for i in micro]
             with autocast(run):
-                stats, mask = token_stats(model, [batch.responses[i] for i in micro],
-                                          cfg.temperature)
-            logp, adv = stats.logprobs, batch.adv[micro]
-            old_logp = pad([batch.old_logp[i] for i in micro], batch_first=True)
+                stats, mask = token_stats(model, responses, cfg.temperature)
+            logp = stats.logprobs
+            adv = batch.adv[micro].view(len(micro), -1)[:, : mask.shape[1]]
+            old_logp = pad([batch.old_logp[i] for i in micro])
             loss = policy_loss(logp, old_logp, adv, mask, denom, cfg.clip)
             if cfg.entropy_coef:
                 loss = loss - cfg.entropy_coef * stats.entropy[mask].sum() / denom
-            if cfg.kl_coef:
-                ref_logp = pad([batch.ref_logp[i] for i in micro], batch_first=True)
-                loss = loss + cfg.kl_coef * kl_to_reference(logp, ref_logp)[mask].sum() / denom
+            if kl_coef:
+                ref_logp = pad([batch.ref_logp[i] for i in micro])
+                loss = loss + kl_coef * kl_to_reference(logp, ref_logp)[mask].sum() / denom
             loss.backward()
             total += loss.item()
-            rho, adv = (logp.detach() - old_logp).exp(), adv[:, None]
+            rho = (logp.detach() - old_logp).exp()
             stopped = (adv > 0) & (rho > 1 + cfg.clip) | (adv < 0) & (rho < 1 - cfg.clip)
             clipped += int(stopped[mask].sum())
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
-        if not math.isfinite(norms[-1] + total):
-            raise UserError(f"step {run.step + 1}: the loss or its gradient is not finite; stopped "
-                            f"before the update, what {run.path} holds is sound; start a new run "
-                            "with a lower --lr")
-        run.optimizer.step()
+        norms.append(step_optimizer(run, model, run.optimizer, total))
+        if run.critic is not None:
+            update_critic(run, batch, mini.tolist(), denom)
+    clipped, tokens = over_ranks(clipped, sum(len(r.ids) for r in batch.responses))
     return {"updates": len(norms), "grad_norm": sum(norms) / max(1, len(norms)),
-            "clip_frac": clipped / sum(len(r.ids) for r in batch.responses)}
+            "clip_frac": clipped / tokens}
+
+
+def update_critic(run, batch, rows, denom):
+    """One optimizer step of the critic, on the responses `rows` of a mini-batch."""
+    run.critic_optimizer.zero_grad()
+    total = 0.0
+    for micro in micro_batches(batch.responses, rows, run.cfg.micro_tokens):
+        with autocast(run):
+            value, mask = critic_values(run.critic, [batch.responses[i] for i in micro])
+        old, returns = (pad([column[i] for i in micro]) for column in (batch.values, batch.returns))
+        loss = value_loss(value, old, returns, mask, denom, run.cfg.clip)
+        loss.backward()
+        total += loss.item()
+    step_optimizer(run, run.critic, run.critic_optimizer, total)
 
 
 def train(run):
@@ -1793,17 +1970,24 @@ def train(run):
         if run.step >= cfg.steps:
             return scores
         started = time.time()
-        batch, metrics, samples = collect(run)
-        warn(run, batch, metrics, samples)
-        with uninterrupted():  # weights, step and log change together or not at all
-            updating = time.time()
-            metrics |= update(run, batch)
-            run.step += 1
-            metrics["time"] |= {"update": time.time() - updating,
-                                "memory_gb": peak_memory(run.model.device),
-                                "tokens_per_s": metrics["tokens"] / metrics["time"]["rollout"]}
-            append_log(log, [metrics])
-            append_log(run.path / "samples.jsonl", samples)
+        traced = cfg.profile and run.step == first_step + 1  # the first step is not typical
+        with torch.profiler.profile() if traced else contextlib.nullcontext() as profiler:
+            batch, metrics, samples = collect(run)
+            warn(run, batch, metrics, samples)
+            with uninterrupted():  # weights, step and log change together or not at all
+                updating = time.time()
+                metrics |= update(run, batch)
+                run.step += 1
+                metrics["time"] |= {"update": time.time() - updating,
+                                    "memory_gb": peak_memory(run.model.device),
+                                    "tokens_per_s": metrics["tokens"] / metrics["time"]["rollout"]}
+                append_log(log, [metrics])
+                append_log(run.path / "samples.jsonl", samples)
+        if traced and not RANK:
+            profiler.export_chrome_trace(str(run.path / "trace.json"))
+            by = "cuda" if run.model.device.type == "cuda" else "cpu"
+            live(profiler.key_averages().table(sort_by=f"self_{by}_time_total", row_limit=10)
+                 + f"\nthe whole trace: {run.path / 'trace.json'}", done=True)
         spent += time.time() - started
         print_step(metrics, left=spent / (run.step - first_step) * (cfg.steps - run.step),
                    header=(run.step - first_step) % 20 == 1)
@@ -1840,7 +2024,8 @@ def parse_flags(argv):
 def pick_device(name):
     """torch.device of that name, or the best that there is. Raises UserError."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name or best)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # kernels are launched on the current one
         torch.zeros(1, device=device)
@@ -1867,7 +2052,9 @@ def resumed_config(path, given):
     try:
         stored = json.loads((path / "config.json").read_text())
         cfg = Config(**{knob.name: stored[knob.name] for knob in fields(Config)})
-        stored["problems_sha1"]
+        if stored["ranks"] != WORLD_SIZE:
+            raise UserError(f"--resume {path}: that run has {stored['ranks']} ranks, not "
+                            f"{WORLD_SIZE}: torchrun --nproc-per-node {stored['ranks']}")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"--resume {path}: no run to go on with ({first_line(e)})") from e
     for knob, value in given.items():
@@ -1915,20 +2102,33 @@ def open_run(given):
     reference = load_model(cfg.model, device)[0].requires_grad_(False) if cfg.kl_coef else None
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
-    if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
-    if path:
-        for log in (path / "metrics.jsonl", path / "samples.jsonl"):
-            rows = [row for row in read_log(log) if row["step"] <= state["step"]]
-            write_whole(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    else:
-        path, versions = new_directory(cfg), ("torch", "transformers", "numpy")
-        stored = {"problems_sha1": sha1, "commit": commit(), "python": sys.version.split()[0],
-                  **{package: importlib.metadata.version(package) for package in versions}}
-    write_whole(path / "config.json", json.dumps(stored | asdict(cfg), indent=1).encode())
+    optimizer, critic, critic_optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr), None, None
+    if cfg.method == "ppo":  # the model's own layers, with a new head of one number a token
+        torch.manual_seed(cfg.seed)
+        critic = load_model(cfg.model, device, AutoModelForTokenClassification, num_labels=1)[0]
+        critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr)
+    for name, part in (("optimizer", optimizer), ("critic", critic),
+                       ("critic_optimizer", critic_optimizer)):
+        if name in state:
+            part.load_state_dict(state[name])
+
+    def begin():
+        """Logs without what came after the checkpoint; or a new directory."""
+        if path:
+            for log in (path / "metrics.jsonl", path / "samples.jsonl"):
+                rows = [row for row in read_log(log) if row["step"] <= state["step"]]
+                write_whole(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            return path
+        stored.update(problems_sha1=sha1, ranks=WORLD_SIZE, commit=commit(), **{
+            package: importlib.metadata.version(package)
+            for package in ("torch", "transformers", "numpy")}, python=sys.version.split()[0])
+        return new_directory(cfg)
+
+    path = on_first_rank(begin)
+    if not RANK:
+        write_whole(path / "config.json", json.dumps(stored | asdict(cfg), indent=1).encode())
     return Run(cfg, path, problems, prompts, held_out, model, tokenizer, reference, optimizer,
-               state["step"])
+               critic, critic_optimizer, state["step"])
 
 
 def commit():
@@ -1947,14 +2147,21 @@ def command(body):
     try:
         return body()
     except UserError as e:
-        message = str(e)
+        message = "" if RANK else str(e)  # the ranks say the same
     except torch.OutOfMemoryError:
         message = "out of memory; lower --micro-tokens or --rollout-tokens, also with --resume"
     except OSError as e:  # no space, no permission, a name that the file system does not take
         message = str(e)
+    except RuntimeError as e:
+        if WORLD_SIZE == 1:
+            raise
+        message = (f"rank {RANK} lost the others ({first_line(e)}); what is saved is sound: go on "
+                   "with --resume and as many ranks")
     except KeyboardInterrupt:
         return 130
-    print("\r\033[K" * sys.stderr.isatty() + f"error: {' '.join(message.split())}", file=sys.stderr)
+    if message:
+        print("\r\033[K" * sys.stderr.isatty() + f"error: {' '.join(message.split())}",
+              file=sys.stderr)
     return 2
 
 
@@ -1962,12 +2169,18 @@ def main():
     """`python nsr.py`: 0 when trained, 130 when stopped by Ctrl-C or SIGTERM."""
     run = None
     try:
-        run = open_run(parse_flags(sys.argv[1:]))
+        given = parse_flags(sys.argv[1:])
+        if WORLD_SIZE > 1:
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        run = open_run(given)
         cfg, size = run.cfg, sum(p.numel() for p in run.model.parameters())
         live(f"{cfg.method}, {cfg.steps} steps of {cfg.prompts} x {cfg.group_size} responses: "
              f"{cfg.model} ({size:,} parameters, {run.model.device}) on {cfg.data} "
              f"({len(run.problems):,} problems), into {run.path}", done=True)
         scores = train(run)
+        if RANK:
+            return 0
     except KeyboardInterrupt:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)  # an impatient second Ctrl-C

@@ -696,7 +696,7 @@ def test_schedules_at_their_ends_and_middle():
     assert lam == pytest.approx([0.05, 0.125, 0.2])
 
 
-TABLE = {  # advantages of one group: right; wrong with c = 0.6; wrong with c = 0.01, at t = T / 2
+ADVANTAGES = {  # advantages of one group: right; wrong with c = 0.6; wrong with c = 0.01, at t = T / 2
     "reinforce": [1, -1, -1], "psr": [1, 0, 0], "nsr": [0, -1, -1], "w-reinforce": [0.1, -1, -1],
     "a-nsr": [0.125, -1.0, -1.0], "cw-nsr": [0.1, -0.6, -0.05], "acw-nsr": [0.125, -0.6, -0.05],
     "grpo": [(1 + 1 / 3) / math.sqrt(4 / 3), (-1 + 1 / 3) / math.sqrt(4 / 3),
@@ -704,13 +704,13 @@ TABLE = {  # advantages of one group: right; wrong with c = 0.6; wrong with c = 
 }
 
 
-@pytest.mark.parametrize("method", nsr.METHODS)
+@pytest.mark.parametrize("method", ADVANTAGES)
 def test_advantage_table(method):
     cfg = nsr.Config(method=method, schedule="cosine", steps=150)
     lam, beta = nsr.method_weights(cfg, cfg.steps // 2, accuracy=1 / 3)
     reward, confidence = torch.tensor([[1.0, -1, -1]]), torch.tensor([[0.9, 0.6, 0.01]])
     adv = nsr.advantages(method, reward, confidence, lam, beta)
-    torch.testing.assert_close(adv, torch.tensor([TABLE[method]]).float(), atol=2e-6, rtol=0)
+    torch.testing.assert_close(adv, torch.tensor([ADVANTAGES[method]]).float(), atol=2e-6, rtol=0)
 
 
 def test_grpo_gives_nothing_where_a_group_agrees():
@@ -730,14 +730,14 @@ def test_confidence_weight_is_clamped_and_constant():
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-@pytest.mark.parametrize("method", nsr.METHODS)
+@pytest.mark.parametrize("method", ADVANTAGES)
 def test_token_gradient_by_hand(method, temperature):
     """d loss / d z_v = A pi_v / denom / T, but -A (1 - pi_y) / denom / T for the sampled y."""
     torch.manual_seed(0)
     logits = torch.randn(3, 4, 5, requires_grad=True)
     labels = torch.randint(5, (3, 4))
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
-    adv = torch.tensor(TABLE[method]).float()
+    adv = torch.tensor(ADVANTAGES[method]).float()
     stats = nsr.token_stats_from_logits(logits, labels, temperature=temperature, mask=mask)
     nsr.policy_loss(stats.logprobs, stats.logprobs.detach(), adv, mask, denom=9).backward()
     pi = (logits.detach() / temperature).softmax(-1)
@@ -779,6 +779,37 @@ def test_k3_by_hand():
     assert kl.tolist() == pytest.approx([0.0, math.exp(0.5) - 1.5])
     grad, = torch.autograd.grad(kl.sum(), logp)
     assert grad.tolist() == pytest.approx([0.0, 1 - math.exp(0.5)])
+
+
+def test_ppo_by_hand():
+    adv, returns = nsr.gae(torch.tensor([-0.1, 0.0, 0.2, 1.0]), torch.tensor([0.5, 0.0, 1.0, -1.0]))
+    close(returns, [1.1, 1.2, 1.2, 1.0])
+    close(adv, [0.6, 1.2, 0.2, 2.0])
+    mask = torch.tensor([[True, True, True, False]])
+    value = torch.tensor([[0.5, 0.5, 0.05, 9.0]], requires_grad=True)
+    loss = nsr.value_loss(value, torch.zeros(1, 4), torch.tensor([[1.0, 0.1, 0.0, 0.0]]), mask, 3)
+    # (0.2 - 1)^2: the clip is worse; (0.5 - 0.1)^2: it is better and not taken; within: 0.05^2
+    close(loss, (0.64 + 0.16 + 0.0025) / 6)
+    loss.backward()
+    close(value.grad, [[0.0, 0.4 / 3, 0.05 / 3, 0.0]])
+
+
+def test_ppo_puts_the_kl_in_the_reward_and_the_verdict_at_the_end(tokenizer):
+    model, critic = tiny_model(tokenizer), tiny_model(tokenizer, seed=1)
+    critic.lm_head = torch.nn.Linear(32, 1)
+    run = a_run(model, tokenizer, method="ppo", kl_coef=0.1, prompts=4, group_size=3)
+    run.problems = COUNTDOWN_PROBLEMS(4)
+    run.prompts = [tokenizer(p.question)["input_ids"] for p in run.problems]
+    run.reference, run.critic = tiny_model(tokenizer, seed=2), critic
+    batch, metrics, _ = nsr.collect(run)
+    for i, (returns, values) in enumerate(zip(batch.returns, batch.values)):
+        kl = batch.old_logp[i] - batch.ref_logp[i]
+        close(returns[:-1] - returns[1:], -0.1 * kl[:-1])
+        close(returns[-1], -1.0 - 0.1 * kl[-1])  # no response of this model is correct
+        close(batch.adv[i, : len(values)], returns - values)
+        ids = torch.tensor([batch.responses[i].prompt_ids + batch.responses[i].ids])
+        close(values, critic(ids[:, :-1]).logits[0, -len(values) :, 0])  # before each token
+    assert metrics["correct"] == 0 and len(batch.returns) == 12
 
 
 def test_w_reinforce_is_lam_psr_plus_nsr_to_the_bit():
@@ -905,6 +936,24 @@ def test_gradient_checkpointing_changes_nothing(tokenizer):
     assert passes == [1, 2]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
+
+
+def test_optimizer_state_on_the_cpu_is_exact_and_in_bf16_unbiased(tokenizer):
+    after = {}
+    for where in nsr.STATES:
+        model = tiny_model(tokenizer)
+        run = a_run(model, optimizer_state=where, lr=1e-2)
+        run.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(3):
+            nsr.update(run, a_batch(model))
+        after[where] = torch.cat([p.flatten() for p in model.parameters()])
+        kept = run.optimizer.state[next(model.parameters())]["exp_avg_sq"]
+        assert kept.dtype == (torch.bfloat16 if where == "bf16" else torch.float32)
+    assert torch.equal(after["cpu"], after["float32"])
+    close(after["bf16"], after["float32"], atol=3e-3)
+    assert not torch.equal(after["bf16"], after["float32"])
+    x = torch.full((200_000,), 1 + 1 / 1024)  # an eighth of the way between two bf16 numbers
+    assert abs(nsr.to_bf16(x).double().mean() - x[0]) < 2e-5 and nsr.to_bf16(-x).min() >= -1.0079
 
 
 def test_non_finite_gradient_stops_before_the_update(tokenizer):
@@ -1037,6 +1086,11 @@ def test_entropy_is_the_entropy(tokenizer):
     close(torch.cat(entropy), torch.full((22,), math.log(len(tokenizer))))
 
 
+def test_profile_prints_the_costliest_operations(cli, base):
+    status, out, _ = cli(*short(base, steps=2), "--profile")
+    assert status == 0 and "Self CPU" in out and json.loads(Path("out/a-nsr-1/trace.json").read_text())
+
+
 def test_silent_failures_are_said_once(cli, base, tmp_path):
     rows = [{"problem": f"{i} 2 3 4 = 9", "answer": "none"} for i in range(40)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -1143,6 +1197,56 @@ def test_stopped_and_resumed_run_is_bit_identical(base, finished, tmp_path, sign
     assert resumed.returncode == 0 and not err, err
     assert same(state(run), state(finished))
     assert (run / "samples.jsonl").read_text() == (finished / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("flags", [dict(method="ppo"), dict(optimizer_state="bf16")])
+def test_a_run_resumed_half_way_is_bit_identical(cli, base, flags):
+    assert cli(*short(base, name="whole", **flags))[0] == 0
+    assert cli(*short(base, name="half", **flags | dict(steps=2)))[0] == 0
+    assert cli("--resume=out/half", "--steps=4")[0] == 0
+    (weights, rows), (others, more) = (state(Path("out", name)) for name in ("whole", "half"))
+    assert all(torch.equal(weights[k], others[k]) for k in weights)
+    assert [r["adv_incorrect"] for r in rows if "adv_incorrect" in r] == [
+        r["adv_incorrect"] for r in more if "adv_incorrect" in r]
+
+
+def ranks(flags, cwd):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         ROOT / "nsr.py", *flags], cwd=cwd, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+
+
+@pytest.mark.parametrize("method", ["a-nsr", "ppo"])
+def test_two_ranks_equal_one_process(cli, base, tmp_path, method):
+    flags = short(base, steps=3, prompts=8, updates=2, schedule="accuracy", method=method)
+    alone, process = script([*flags, "--name=one"], tmp_path), ranks([*flags, "--name=two"], tmp_path)
+    assert alone.wait(timeout=120) == 0
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and out.count("Pass@k of 4") == 1, err
+    (one, rows), (two, others) = (state(Path("out", name)) for name in ("one", "two"))
+    for k in one:
+        close(one[k], two[k], atol=1e-5)
+    for row, other in zip(rows, others, strict=True):  # the same responses, counted once
+        assert row.keys() == other.keys()
+        assert all(row.get(k) == other.get(k) for k in ("step", "correct", "tokens", "beta", "k"))
+    status, _, err = cli("--resume=out/two")
+    assert status == 2 and "--nproc-per-node 2" in err
+
+
+def test_a_lost_rank_ends_the_run_with_a_message(base, tmp_path):
+    process = ranks(short(base, steps=500, prompts=8, name="run"), tmp_path)
+    log, deadline = tmp_path / "out/run/metrics.jsonl", time.time() + 120
+    while len(nsr.read_log(log)) <= 3 and time.time() < deadline:
+        time.sleep(0.05)
+    children = [int(pid) for pid in subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+    os.kill(children[-1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and "--resume" in err
+    saved = torch.load(tmp_path / "out/run/checkpoint/trainer.pt")["step"]
+    assert 2 <= saved <= max(row["step"] for row in nsr.read_log(log))
 
 
 def test_divergence_and_damaged_logs_end_in_one_line(cli, base):
