@@ -15,10 +15,11 @@ give to a response:
     grpo         (r - mean) / (std + eps) in the prompt's group, KL to the base  arXiv:2402.03300
     ppo          reward to come - value, by a learned critic, KL in the reward   arXiv:1707.06347
 
-The file reads from top to bottom: config, data, verification, model, rollout,
-schedules, loss, evaluation, checkpoint and log, train, main. Log-probabilities, entropies and
-confidences come straight from the logits through kernels/logprob.py. Left out, so that it can be
-read in one sitting: models larger than a GPU, inference servers, learned rewards, tools.
+The file reads from top to bottom: config, data, verification, ranks, model,
+rollout, schedules, loss, evaluation, checkpoint and log, train, main. Log-probabilities, entropies and
+confidences come straight from the hidden states through kernels/linear_logprob.py. Left out, so
+that it can be read in one sitting: models larger than a GPU, inference servers, learned rewards,
+tools.
 
     python nsr.py                                # the embedded task: no GPU, no network, no data
     python nsr.py --method psr --seed 1          # another method
@@ -63,6 +64,7 @@ import transformers
 from transformers import (AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
                           DynamicCache)
 
+from kernels.linear_logprob import linear_logprobs
 from kernels.logprob import TokenStats, token_stats_from_logits
 
 # --------------------------------------------------------------------------------------------------
@@ -1317,14 +1319,31 @@ def collate(responses, device):
     return torch.tensor(ids, device=device), mask.long().to(device), mask[:, p:].to(device)
 
 
+@lru_cache(maxsize=2)  # the policy and its reference
+@torch.no_grad()
+def linear_head(model):
+    """The model's torch.nn.Linear from last hidden states to logits; None if it does more to them.
+
+    Found by comparison, for soft-capping, scaling and adapters go by many names.
+    """
+    head, ids = model.get_output_embeddings(), torch.arange(4, device=model.device)[None]
+    hidden = model.base_model(ids, use_cache=False)[0]
+    same = type(head) is torch.nn.Linear and torch.equal(head(hidden), model(ids).logits)
+    return head if same else None
+
+
 def token_stats(model, responses, temperature):
     """(TokenStats, loss mask) of the tokens of responses: (B, R), (B, R), (B,) float32; (B, R)."""
     ids, mask, loss_mask = collate(responses, model.device)
     r, positions = loss_mask.shape[1], (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
-                   use_cache=False, logits_to_keep=r).logits
-    return token_stats_from_logits(logits, ids[:, -r:], temperature=temperature,
-                                   mask=loss_mask), loss_mask
+    inputs = dict(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False,
+                  position_ids=positions[:, :-1])
+    head, scored = linear_head(model), dict(temperature=temperature, mask=loss_mask)
+    if head is None:
+        logits = model(**inputs, logits_to_keep=r).logits
+        return token_stats_from_logits(logits, ids[:, -r:], **scored), loss_mask
+    hidden = model.base_model(**inputs)[0][:, -r:]  # prompts and padding never reach the head
+    return linear_logprobs(hidden, head.weight, ids[:, -r:], bias=head.bias, **scored), loss_mask
 
 
 def micro_batches(responses, rows, micro_tokens):

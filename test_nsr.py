@@ -30,6 +30,7 @@ if not torch.cuda.is_available():
 import transformers
 
 import eval as pass_at_k_command
+import kernels.linear_logprob as L
 import kernels.logprob as K
 import nsr
 
@@ -667,6 +668,34 @@ def test_masks_come_from_lengths_when_pad_is_eos(model):
     for i, r in enumerate(responses):
         close(stats.logprobs[i, : len(r.ids)], logp_alone(model, r))
         assert (stats.logprobs[i, len(r.ids) :] == 0).all()
+
+
+def test_prompts_and_padding_never_reach_the_head(model, monkeypatch):
+    responses, rows, logits = a_batch(model).responses, [], L._logits
+    monkeypatch.setattr(L, "_logits", lambda h, *a: rows.append(len(h)) or logits(h, *a))
+    nsr.token_stats(model, responses, temperature=1.0)
+    assert rows == [sum(len(r.ids) for r in responses)]
+
+
+@pytest.mark.parametrize("kind, linear, settings", [
+    ("Llama", True, {}), ("Gemma2", False, dict(final_logit_softcapping=5.0, head_dim=16)),
+    ("Granite", False, dict(logits_scaling=3.0)), ("Cohere", False, dict(logit_scale=0.5)),
+    ("Phi", True, {}), ("OPT", True, dict(word_embed_proj_dim=16, ffn_dim=64))])
+def test_heads_that_do_more_than_a_product(kind, linear, settings):
+    """Phi has a bias; OPT's embeddings are narrower than its decoder."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+        initializer_range=0.3, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for p in model.get_output_embeddings().parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    responses = a_batch(model).responses
+    assert (nsr.linear_head(model) is not None) == linear
+    stats, _ = nsr.token_stats(model, responses, temperature=0.7)
+    for row, response in zip(stats.logprobs, responses):
+        close(row[: len(response.ids)], logp_alone(model, response, 0.7))
 
 
 def test_micro_batches_hold_every_row_within_the_budget(model):
@@ -1742,6 +1771,172 @@ def test_kernel_alone_in_an_empty_folder(tmp_path):
     )
     assert run.stdout.split()[0] == "0.25"
     assert "SPDX-License-Identifier: MIT" in "".join(text.splitlines()[:4])
+
+
+# --------------------------------------------------------------------------------------------------
+# kernels/linear_logprob.py
+
+
+def linear_case(dtype=torch.float64, H=6, V=33):
+    """(hidden, weight, bias), labels, mask: 15 rows, 11 of them live, a view into 21, H apart."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*s, generator=g, dtype=torch.float64).to(DEVICE, dtype)
+                            for s in ((3, H, 7), (V, H), (V,)))
+    hidden = hidden.transpose(1, 2)[:, 2:]
+    labels = torch.randint(V, (3, 5), generator=g).to(DEVICE)
+    mask = torch.arange(15, device=DEVICE).view(3, 5) % 5 != 1
+    labels[2, 4] = -100
+    hidden[~mask] = hidden[2, 4] = math.nan
+    return (hidden, weight, bias), labels, mask
+
+
+def linear_grads(f, inputs, *args, entropy_weight=0.7, **options):
+    """The stats, and the gradients of inputs for weights that differ from row to row."""
+    hidden, weight, bias = inputs = [i.detach().requires_grad_() for i in inputs]
+    stats = f(hidden, weight, *args, bias=bias, **options)
+    w = torch.arange(1.0, 16, dtype=torch.float64, device=DEVICE).view(3, 5).cos()
+    loss = (stats.logprobs * w + entropy_weight * stats.entropy * w.flip(0)).sum()
+    return [*stats, *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("chunk_rows", [1, 4, 10, 11, None])  # one row left, whole chunks, all
+def test_linear_matches_the_definition(kernel_path, chunk_rows, dtype):
+    inputs, labels, mask = linear_case(dtype)
+    for T in (0.6, torch.tensor([[0.5], [1.0], [2.0]], dtype=dtype, device=DEVICE)):
+        found = linear_grads(L.linear_logprobs, inputs, labels, temperature=T, mask=mask,
+                             chunk_rows=chunk_rows)
+        exact = [i.double().nan_to_num() for i in inputs]
+        want = linear_grads(L.naive_linear_logprobs, exact, labels, temperature=T, mask=mask)
+        for a, b in zip(found, want):
+            assert a.dtype == dtype
+            torch.testing.assert_close(
+                a.double(), b, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-5)
+
+
+def test_linear_gradcheck(kernel_path):
+    inputs, labels, mask = linear_case(H=2, V=3)
+    inputs = [i.nan_to_num().requires_grad_() for i in inputs]
+
+    def f(hidden, weight, bias):
+        s = L.linear_logprobs(hidden[:1], weight, labels[:1] % 3, bias=bias, mask=mask[:1],
+                              chunk_rows=3)
+        return s.logprobs * s.entropy
+
+    assert torch.autograd.gradcheck(f, inputs)
+    for i in inputs:  # alone: nothing else is computed
+        others = [j if j is i else j.detach() for j in inputs]
+        assert torch.equal(torch.autograd.grad(f(*others).sum(), i)[0],
+                           torch.autograd.grad(f(*inputs).sum(), i)[0])
+
+
+def test_linear_computes_live_rows_once_and_all_but_a_chunk_again(monkeypatch):
+    inputs, labels, mask = linear_case()
+    rows, logits = [], L._logits
+    monkeypatch.setattr(L, "_logits", lambda h, *a: rows.append(len(h)) or logits(h, *a))
+    linear_grads(L.linear_logprobs, inputs, labels, mask=mask, chunk_rows=4)
+    assert rows == [3, 4, 4, 4, 3]
+    rows.clear()
+    linear_grads(L.linear_logprobs, inputs, labels, mask=mask)
+    assert rows == [11]
+    (hidden, weight, _), none = inputs, torch.zeros_like(mask)
+    stats = L.linear_logprobs(hidden.requires_grad_(), weight, labels, mask=none)
+    stats.logprobs.sum().backward()
+    assert rows == [11] and not hidden.grad.any() and not stats.confidence.any()
+
+
+@pytest.mark.parametrize("during", [False, True])
+def test_linear_under_autocast(during):
+    """The product is in bfloat16, all else in float32, wherever backward is called."""
+    (hidden, weight, bias), labels, mask = linear_case(torch.float32)
+    hidden, weight, bias = (i.nan_to_num().requires_grad_() for i in (hidden, weight, bias))
+
+    def grads(f, forward, backward):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=forward):
+            stats = f(hidden, weight, labels, bias=bias, mask=mask, chunk_rows=4)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=backward):
+            loss = stats.logprobs.sum() + stats.entropy.sum()
+            return [*stats, *torch.autograd.grad(loss, (hidden, weight, bias))]
+
+    found = grads(L.linear_logprobs, True, during)
+    assert {i.dtype for i in found} == {torch.float32}
+    for a, b, c in zip(found, grads(L.naive_linear_logprobs, True, False),
+                       grads(L.naive_linear_logprobs, False, False)):
+        assert (a - b).abs().max() <= 0.02 * b.abs().max()  # gradients are rounded on their way
+        assert 5e-4 < (a - c).abs().max() / c.abs().max()
+    for a, b in zip(grads(L.linear_logprobs, False, during),
+                    grads(L.naive_linear_logprobs, False, False)):
+        close(a, b)
+
+
+def test_linear_sums_the_gradients_of_weights_in_float32():
+    """1,024 rows of gradient (1/2, -1/2): a sum in bfloat16 would stay at 128."""
+    hidden = torch.ones(1024, 1, dtype=torch.bfloat16, device=DEVICE)
+    weight, bias = (torch.zeros(*s, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
+                    for s in ((2, 1), (2,)))
+    labels = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
+    L.linear_logprobs(hidden, weight, labels, bias=bias, chunk_rows=1).logprobs.sum().backward()
+    assert weight.grad.tolist() == [[512], [-512]] and bias.grad.tolist() == [512, -512]
+    assert weight.grad.dtype == torch.bfloat16
+
+
+def test_linear_retained_graph_and_changed_weight():
+    (hidden, weight, _), labels, mask = linear_case()
+    weight.requires_grad_()
+    loss = L.linear_logprobs(hidden, weight, labels, mask=mask, chunk_rows=4).logprobs.sum()
+    first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    with torch.no_grad():
+        weight += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_linear_under_compile():
+    (hidden, weight, _), labels, mask = linear_case()
+
+    def loss(weight):
+        s = L.linear_logprobs(hidden, weight * 2, labels, mask=mask, chunk_rows=4)
+        return (s.logprobs * s.confidence[:, None] + s.entropy).sum()
+
+    weight.requires_grad_()
+    compiled = torch.compile(loss, backend="aot_eager")
+    assert torch.equal(*(torch.autograd.grad(f(weight), weight)[0] for f in (loss, compiled)))
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(hidden=torch.zeros(3, 7)), "do not fit"), (dict(hidden=torch.zeros(6)), "do not fit"),
+    (dict(bias=torch.zeros(5)), "do not fit"), (dict(weight=torch.zeros(4, 6).half()), "one dtype"),
+    (dict(labels=torch.zeros(2, dtype=torch.long)), "must have the shape"),
+    (dict(labels=torch.zeros(3)), "int32/int64 labels"), (dict(mask=torch.ones(3)), "a bool mask"),
+    (dict(temperature=0.0), "positive and finite"), (dict(chunk_rows=0), "chunk_rows"),
+    (dict(temperature=torch.tensor([1.0, 2.0, -1.0])), "positive and finite")])
+def test_linear_refuses_in_plain_words(change, said):
+    arguments = dict(hidden=torch.zeros(3, 6), weight=torch.zeros(4, 6),
+                     labels=torch.zeros(3, dtype=torch.long)) | change
+    with pytest.raises(ValueError, match=said):
+        L.linear_logprobs(**arguments)
+
+
+def test_linear_peak_memory(tmp_path):
+    """In a process of its own, with the two files alone in its folder, without triton."""
+    for name in ("logprob.py", "linear_logprob.py"):
+        (tmp_path / name).write_text((ROOT / "kernels" / name).read_text())
+    code = (
+        "import sys, torch; sys.modules['triton'] = None\n"
+        "from linear_logprob import *\n"
+        "N, H, V = 1024, 16, 20_000\n"
+        "h, w, y = torch.randn(N, H), torch.randn(V, H), torch.randint(V, (N,))\n"
+        "h, w = h.requires_grad_(), w.requires_grad_()\n"
+        "for f in linear_logprobs, naive_linear_logprobs:\n"
+        "    _, held = K._measure(lambda: torch.autograd.grad(\n"
+        "        f(h, w, y, chunk_rows=64).logprobs.sum(), (h, w)), cuda=False)\n"
+        "    print((held - h.nbytes - w.nbytes) / (2 * 4 * N * V))")
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True,
+                         text=True, check=True)
+    here, naive = map(float, run.stdout.split())  # of all logits and their gradient
+    assert here < 0.06 and naive > 1
 
 
 # --------------------------------------------------------------------------------------------------

@@ -265,27 +265,31 @@ def _differentiate(ctx, g_logp, g_entropy, *_):
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 # --- public functions --------------------------------------------------------------------------
-def _apply(logits, labels, temperature, mask, inplace, sequences):
-    """The forward's outputs on (B, L, V) logits, with B = 1 where all rows are one stride apart."""
-    shape, given = labels.shape, isinstance(temperature, Tensor)
-    if shape != logits.shape[:-1] or shape != (labels if mask is None else mask).shape:
-        raise ValueError(f"labels and mask must have the shape {tuple(logits.shape[:-1])}")
-    kinds = logits.dtype, labels.dtype, torch.bool if mask is None else mask.dtype
-    if not kinds[0].is_floating_point or kinds[1:] not in (
+def _rows(shape, dtype, labels, temperature, mask):
+    """Labels, -100 where dead, and temperatures of rows (...) of `dtype`; ValueError if unfit."""
+    if shape != labels.shape or shape != (labels if mask is None else mask).shape:
+        raise ValueError(f"labels and mask must have the shape {tuple(shape)}")
+    kinds = dtype, labels.dtype, torch.bool if mask is None else mask.dtype
+    if not dtype.is_floating_point or kinds[1:] not in (
             (torch.int32, torch.bool), (torch.int64, torch.bool)):
         raise ValueError(f"need float logits, int32/int64 labels, a bool mask, not {kinds}")
-    if not given and not 0 < temperature < math.inf:
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    y = labels if mask is None else labels.where(mask, -100)
+    if isinstance(temperature, Tensor):
+        return y, temperature.detach().to(labels.device, acc).expand(shape)
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, not {temperature}")
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return y, torch.full(shape, temperature, dtype=acc, device=labels.device)
+def _apply(logits, labels, temperature, mask, inplace, sequences):
+    """The forward's outputs on (B, L, V) logits, with B = 1 where all rows are one stride apart."""
+    y, temps = _rows(logits.shape[:-1], logits.dtype, labels, temperature, mask)
     x = logits if logits.stride(-1) == 1 else logits.contiguous()
     if x.dim() != 3 or x.stride(0) == x.shape[1] * x.stride(1):
         x = x.reshape(1, labels.numel(), x.shape[-1])
     B, L, V = x.shape
-    y = (labels if mask is None else labels.where(mask, -100)).reshape(B, L).contiguous()
-    temps = (temperature.detach().to(x.device, acc).expand(shape).reshape(B, L).contiguous()
-             if given else torch.full((B, L), temperature, dtype=acc, device=x.device))
+    y, temps = (i.reshape(B, L).contiguous() for i in (y, temps))
     inplace = inplace and x.stride(1) >= V and (B == 1 or x.stride(0) >= V)  # no row overlaps
-    return _forward(x, y, temps, given, sequences, inplace)
+    return _forward(x, y, temps, isinstance(temperature, Tensor), sequences, inplace)
 
 def logprobs_from_logits(logits, labels, *, temperature=1.0, mask=None, inplace_backward=False):
     """Log-probability of each label under softmax(logits / temperature), differentiable.
