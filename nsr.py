@@ -1281,7 +1281,7 @@ class Rows(transformers.Cache):
         self.n, self.first = new.stop, min(self.first, self.column - width)
 
     def drop(self, done):
-        """Rows `done` (sorted) are free: the last ones move into their places. Returns the moves."""
+        """Free the rows `done`: the last ones move into their places. Returns [(to, from)]."""
         self.n -= len(done)
         moves = list(zip(done, sorted({*range(self.n, self.n + len(done))}.difference(done))))
         to, source = torch.tensor(moves, dtype=torch.long, device=self.t.device).view(-1, 2).T
@@ -1328,7 +1328,7 @@ def swapped(forwards):
             module.__dict__.pop("forward", None)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def rollout(model, prompts, seeds, max_new_tokens, stop_ids, *, temperature=1.0, top_p=1.0,
             rollout_tokens=2**16, tick=lambda tokens: None):
     """Sample a response to prompts[i] for each seed in seeds[i]; yields Response in that order.
@@ -1356,8 +1356,9 @@ def rollout(model, prompts, seeds, max_new_tokens, stop_ids, *, temperature=1.0,
         if waiting and not ready and 8 * free >= size:  # prompts for an eighth of the rows or more
             some = []
             while waiting and len(ready) < free and len(some) < max(1, size // 8):
-                ready += [(waiting[0], j, len(some)) for j in range(len(seeds[waiting[0]]))]
-                some.append(prompts[waiting.popleft()])
+                i = waiting.popleft()
+                ready += [(i, j, len(some)) for j in range(len(seeds[i]))]
+                some.append(prompts[i])
             first, kv = prefill(model, some)
             if batch is None:
                 batch, logits = Rows(size, columns, max_new_tokens, longest, kv), first
