@@ -110,10 +110,9 @@ def main():
                             for knob, default in SAMPLING[data == "countdown"].items()}
                 cfg = Config(max_new_tokens=sampling["max_new_tokens"])
                 problems = encode_prompts(problems[: args.problems], model, tokenizer, cfg)
-                generator = torch.Generator(device).manual_seed(args.seed)
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
                     tables[data].append((name, evaluate(
-                        model, tokenizer, *problems, args.n, generator, f"{name} on {data}",
+                        model, tokenizer, *problems, args.n, (args.seed, data), f"{name} on {data}",
                         rollout_tokens=args.rollout_tokens, **sampling)))
     finally:  # Ctrl-C keeps what is complete
         for data, rows in tables.items():

@@ -32,6 +32,7 @@ tools.
 
 import argparse
 import cmath
+import collections
 import contextlib
 import hashlib
 import importlib.metadata
@@ -61,8 +62,8 @@ import regex as re
 import tokenizers
 import torch
 import transformers
-from transformers import (AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
-                          DynamicCache)
+from transformers import (AutoModelForCausalLM, AutoModelForTokenClassification,
+                          AutoTokenizer)
 
 from kernels.linear_logprob import linear_logprobs
 from kernels.logprob import TokenStats, token_stats_from_logits
@@ -994,6 +995,9 @@ def verify(response, gold):
         return False
 
 
+_COUNTDOWN = re.compile(r"\d+|\S")
+
+
 def verify_countdown(response, gold):
     """True if the last box of `response` solves `gold`: each number once, and the target's value.
 
@@ -1004,7 +1008,7 @@ def verify_countdown(response, gold):
     """
     numbers, target = gold.split(" = ")
     text = (extract_answer(response) or "").replace("\\times", "*").replace("\\cdot", "*")
-    tokens = re.findall(r"\d+|\S", text)
+    tokens = _COUNTDOWN.findall(text)
     if len(text) > 200 or sorted(t for t in tokens if t.isdecimal()) != sorted(numbers.split()):
         return False
 
@@ -1238,70 +1242,214 @@ def sampling_probs(logits, temperature, top_p=1.0):
     return probs
 
 
-def rollout(model, prompts, group_size, max_new_tokens, stop_ids, generator, *, temperature=1.0,
-            top_p=1.0, rollout_tokens=2**16, tick=lambda tokens: None):
-    """Sample `group_size` responses to each prompt; yields Response, grouped by prompt.
+def seed_of(*parts):
+    """The seed (int below 2**56) that follows from `parts`: run's seed, purpose, step, sample, ...
 
-    prompts: lists of token ids. generator: on the model's device, the only source of randomness.
-    At most `rollout_tokens` tokens are in the KV cache at once; tick(n) hears of n new tokens.
+    >>> seed_of(0, "rollout", 1, 2, 3) == seed_of(0, "rollout", 1, 2, 3) != seed_of(0, "rollout")
+    True
     """
-    rows = [prompt for prompt in prompts for _ in range(group_size)]
-    at_once = max(1, rollout_tokens // (max(map(len, prompts)) + max_new_tokens))
-    for i in range(0, len(rows), at_once):
-        yield from _rollout(model, rows[i : i + at_once], max_new_tokens, stop_ids, generator,
-                            temperature, top_p, tick)
+    return int.from_bytes(hashlib.sha1(repr(parts).encode()).digest()[:7], "big")
 
 
-@torch.no_grad()
-def _rollout(model, rows, max_new_tokens, stop_ids, generator, temperature, top_p, tick):
-    model.eval()
-    device, prompts, owner = model.device, [], []
-    for row in rows:  # neighbours with one prompt share its prefill
-        if not prompts or row is not prompts[-1]:
-            prompts.append(row)
-        owner.append(len(prompts) - 1)
-    width = max(map(len, prompts))
-    pads = [width - len(p) for p in prompts]  # on the left: every row goes on at column `width`
-    ids = torch.tensor([[0] * n + p for n, p in zip(pads, prompts)], device=device)
-    # mask from lengths, not ids: pad may equal eos
-    mask = torch.arange(width + max_new_tokens) >= torch.tensor(pads)[:, None]
-    mask = mask.long().to(device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padded or not, a prompt starts at position 0
-    cache = DynamicCache(config=model.config)
-    logits = model(ids, attention_mask=mask[:, :width], position_ids=positions[:, :width],
-                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    owner = torch.tensor(owner, device=device)
-    cache.batch_select_indices(owner)
-    logits, mask, positions = logits[owner], mask[owner], positions[owner]
+def draw(logits, u, temperature, top_p):
+    """A token a row: the one in whose interval of the cumulative distribution `u` lies.
 
-    ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
-    logp = torch.zeros(len(rows), max_new_tokens, device=device)
-    length = torch.full((len(rows),), max_new_tokens, device=device)
-    stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
-    alive = torch.arange(len(rows), device=device)  # the row of each line of the cache
-    for t in range(max_new_tokens):
+    logits: (B, V); u: (B,) float64 in [0, 1). Returns tokens (B,) int64 and logp (B,) float32, of
+    sampling_probs.
+    """
+    tokens, logp, some = [], [], 1 + 2**19 // logits.shape[1]  # rows: float64 is large
+    for logits, u in zip(logits.split(some), u[:, None].split(some)):
         probs = sampling_probs(logits, temperature, top_p)
-        if t == 0 and not probs.isfinite().all():
-            raise UserError("the model's logits are not finite: it has diverged, or its weights "
-                            "are damaged; start again with a lower --lr, or another model")
-        token = torch.multinomial(probs, 1, generator=generator)
-        ids[alive, t], logp[alive, t] = token[:, 0], probs.gather(1, token)[:, 0].log()
-        tick(len(alive))
-        ended = torch.isin(token[:, 0], stop_ids)
-        if ended.any():  # finished rows leave the batch
-            length[alive[ended]], stopped[alive[ended]] = t + 1, True
-            going = (~ended).nonzero()[:, 0]
-            cache.batch_select_indices(going)
-            alive, token, mask, positions = (x[going] for x in (alive, token, mask, positions))
-        if not len(alive) or t + 1 == max_new_tokens:
-            break
-        column = width + t
-        logits = model(token, attention_mask=mask[:, : column + 1],
-                       position_ids=positions[:, column : column + 1], past_key_values=cache,
-                       use_cache=True).logits[:, -1]
-    return [Response(row, ids[:n], logp[:n], end) for row, ids, logp, n, end in zip(
-        rows, ids.tolist(), logp.tolist(), length.tolist(), stopped.tolist())]
+        cdf = probs.cumsum(-1, dtype=torch.float64)  # float32 would blur a vocabulary of 151,936
+        tokens.append(torch.searchsorted(cdf, u * cdf[:, -1:], right=True))  # never where p = 0
+        logp.append(probs.gather(1, tokens[-1]).log())
+    return torch.cat(tokens)[:, 0], torch.cat(logp)[:, 0]
+
+
+def prefill(model, prompts):
+    """(logits (B, V) of the first tokens, [keys, values of each layer in turn]) of B prompts.
+
+    Keys and values are (B, heads, P, head_dim), padded on the left. Raises UserError.
+    """
+    pads = [max(map(len, prompts)) - len(p) for p in prompts]
+    ids = torch.tensor([[0] * n + p for n, p in zip(pads, prompts)], device=model.device)
+    # mask from lengths, not ids: pad may equal eos
+    mask = (torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]).long().to(model.device)
+    cache = transformers.DynamicCache()
+    logits = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                   cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    if logits.softmax(-1).isnan().any():
+        raise UserError("the model's logits are not finite: it has diverged, or its weights are "
+                        "damaged; start again with a lower --lr, or another model")
+    return logits, [x for layer in cache.layers for x in (layer.keys, layer.values)]
+
+
+class Rows(transformers.Cache):
+    """The responses in the making, one a row, and their KV cache: allocated once.
+
+    Rows 0 .. n - 1 are in use, columns `first` .. `column` hold what they attend to. All write
+    `column`, the next in turn, wherever their prompts begin: so masks and sliding windows are
+    those of any batch that is padded on the left.
+    """
+
+    is_compileable = True  # so that transformers builds masks without asking the GPU about them
+
+    def __init__(self, size, columns, max_new_tokens, column, kv):
+        super().__init__(layers=[])
+        self.n, self.first, self.column = 0, column, column
+        # zeros: what is masked must be finite, as 0 x NaN is NaN
+        self.kv = [x.new_zeros(size, x.shape[1], columns, x.shape[3]) for x in kv]
+        self.u = kv[0].new_zeros(size, max_new_tokens + 1, dtype=torch.float64)  # one to spare:
+        self.ids, self.logp = self.u.long(), self.u.float()  # an ended row runs on for a while
+        self.t, self.begin = torch.zeros_like(self.ids[:, :2]).unbind(1)
+        self.going = self.t.bool()
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        kv = [x[: self.n] for x in self.kv[2 * layer_idx : 2 * layer_idx + 2]]
+        for x, new in zip(kv, (keys, values)):
+            x[:, :, self.column] = new[:, :, 0]
+        return [x[:, :, self.first : self.column + 1] for x in kv]
+
+    def get_seq_length(self, layer_idx=0):
+        return self.column - self.first
+
+    def get_mask_sizes(self, query_length, layer_idx):
+        return self.column - self.first + query_length, 0
+
+    def add(self, kv, owner, lengths, seeds):
+        """Rows for responses to the prompts owner (rows of `kv`) of these lengths."""
+        new, width = slice(self.n, self.n + len(seeds)), kv[0].shape[2]
+        for x, y in zip(self.kv, kv):
+            x[new, :, self.column - width : self.column] = y[owner]
+        u = np.stack([np.random.default_rng(s).random(self.u.shape[1]) for s in seeds])
+        self.u[new], self.t[new], self.going[new] = torch.from_numpy(u).to(self.u), 0, True
+        self.begin[new] = self.column - torch.tensor(lengths).to(self.begin)
+        self.n, self.first = new.stop, min(self.first, self.column - width)
+
+    def drop(self, done):
+        """Free the rows `done`: the last ones move into their places. Returns [(to, from)]."""
+        self.n -= len(done)
+        moves = list(zip(done, sorted({*range(self.n, self.n + len(done))}.difference(done))))
+        to, source = torch.tensor(moves, dtype=torch.long, device=self.t.device).view(-1, 2).T
+        for x in (self.u, self.ids, self.logp, self.t, self.begin, self.going, *self.kv):
+            x[to] = x[source]
+        self.first = int(self.begin[: self.n].min()) if self.n else self.column
+        return moves
+
+    def slide(self, room):
+        """Move what is in use to the left, but leave `room` columns for the longest prompt."""
+        end = max(room, self.column - self.first)
+        by, self.column = self.column - end, end
+        for x in self.kv:
+            x[: self.n, :, :end] = x[: self.n, :, by : by + end].clone()
+        self.begin -= by
+        self.first -= by
+
+
+def packed_linears(model, rows):
+    """[(module, forward)]: linear layers with their weights copied into oneDNN's blocked order.
+
+    Worth the copy on a CPU, where a batch of a few dozen rows takes half the time; else [].
+    """
+    if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return []
+
+    def packed(module):
+        weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, "none", [], "")
+
+    return [(m, packed(m)) for m in model.modules()
+            if type(m) is torch.nn.Linear and m.weight.numel() > 2**16]
+
+
+@contextlib.contextmanager
+def swapped(forwards):
+    """Inside, each of the modules has the forward beside it."""
+    try:
+        for module, forward in forwards:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, _ in forwards:
+            module.__dict__.pop("forward", None)
+
+
+@torch.inference_mode()
+def rollout(model, prompts, seeds, max_new_tokens, stop_ids, *, temperature=1.0, top_p=1.0,
+            rollout_tokens=2**16, tick=lambda tokens: None):
+    """Sample a response to prompts[i] for each seed in seeds[i]; yields Response in that order.
+
+    prompts: lists of token ids. seeds: lists of int in [0, 2**63): a response follows from its own,
+    whatever else is in the batch. A group is yielded when it and all before it are complete.
+    rollout_tokens: most tokens in the KV cache, prompts and what is unused included. tick(n) hears
+    of n rows that have drawn a token. Raises UserError where the logits are not finite.
+    """
+    model.eval()
+    longest = max(map(len, prompts))
+    columns = (longest + max_new_tokens) * 9 // 8 + 1  # the more, the less often they slide
+    size = rollout_tokens // (columns + longest // 8 + 1)  # an eighth for prompts without a row
+    size = max(1, min(size, sum(map(len, seeds))))
+    pause = 1 + max_new_tokens // 64  # tokens between two waits for the device: what has ended?
+    stops = torch.tensor(stop_ids, dtype=torch.long, device=model.device)
+    linears = packed_linears(model, size)
+    groups = [[None] * len(group) for group in seeds]
+    waiting = collections.deque(i for i, group in enumerate(seeds) if group)
+    ready, live = [], []  # (prompt, sample, row of kv) of responses without and with a row
+    batch, step, complete = None, 0, 0
+
+    while live or ready or waiting:
+        free = size - len(live)
+        if waiting and not ready and 8 * free >= size:  # prompts for an eighth of the rows or more
+            some = []
+            while waiting and len(ready) < free and len(some) < max(1, size // 8):
+                i = waiting.popleft()
+                ready += [(i, j, len(some)) for j in range(len(seeds[i]))]
+                some.append(prompts[i])
+            first, kv = prefill(model, some)
+            if batch is None:
+                batch, logits = Rows(size, columns, max_new_tokens, longest, kv), first
+        if ready and free:  # ended rows are replaced at once
+            new, ready = ready[:free], ready[free:]
+            owner = torch.tensor([k for _, _, k in new], device=model.device)
+            logits = torch.cat([logits[: len(live)], first[owner]])
+            batch.add(kv, owner, [len(prompts[i]) for i, _, _ in new],
+                      [seeds[i][j] for i, j, _ in new])
+            live += new
+
+        n = len(live)
+        row, t, going = torch.arange(n, device=model.device), batch.t[:n], batch.going[:n]
+        token, batch.logp[row, t] = draw(logits, batch.u[row, t], temperature, top_p)
+        batch.ids[row, t] = token
+        t += going
+        going &= ~torch.isin(token, stops) & (t < max_new_tokens)
+        tick(n)
+
+        step += 1
+        done = (~going).nonzero()[:, 0].tolist() if step % pause == 0 else []
+        if done:
+            for r, length, ids, logp in zip(done, *(x[done].tolist() for x in (
+                    batch.t, batch.ids, batch.logp))):
+                i, j, _ = live[r]
+                groups[i][j] = Response(prompts[i], ids[:length], logp[:length],
+                                        ids[length - 1] in stop_ids)
+            for hole, r in batch.drop(done):
+                live[hole] = live[r]
+            del live[batch.n :]
+            while complete < len(groups) and all(groups[complete]):
+                yield from groups[complete]
+                groups[complete], complete = None, complete + 1
+
+        if n := len(live):
+            if batch.column == columns:
+                batch.slide(longest)
+            seen = torch.arange(batch.first, batch.column + 1, device=model.device)
+            begin = batch.begin[:n, None]
+            position = (batch.column - begin).clamp(max=longest + max_new_tokens - 1)
+            with swapped(linears):
+                logits = model(batch.ids[:n].gather(1, batch.t[:n, None] - 1),
+                               attention_mask=seen >= begin, position_ids=position, cache=batch,
+                               use_cache=True).logits[:, -1]
+            batch.column += 1
 
 
 def collate(responses, device):
@@ -1515,10 +1663,10 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(model, tokenizer, problems, prompts, n, generator, title, **sampling):
+def evaluate(model, tokenizer, problems, prompts, n, seed, title, **sampling):
     """{k: mean Pass@k over problems} for k = 1, 2, 4, ... n, from n responses to each problem.
 
-    prompts: the token ids of problems. sampling: what rollout() takes.
+    prompts: the token ids of problems. seed: what seed_of() takes. sampling: what rollout() takes.
     """
     started, correct, tokens = time.time(), [], 0
 
@@ -1529,8 +1677,9 @@ def evaluate(model, tokenizer, problems, prompts, n, generator, title, **samplin
         live(f"{title}: {len(correct)}/{len(problems)} problems, {tokens:,} tokens"
              + f", {duration(left)} left" * bool(correct))
 
-    responses = rollout(model, prompts, n, stop_ids=stop_tokens(model, tokenizer),
-                        generator=generator, tick=tick, **sampling)
+    seeds = [[seed_of(*seed, i, j) for j in range(n)] for i in range(len(prompts))]
+    responses = rollout(model, prompts, seeds, stop_ids=stop_tokens(model, tokenizer), tick=tick,
+                        **sampling)
     for problem in problems:
         group = [r.ids for r in itertools.islice(responses, n)]
         texts = tokenizer.batch_decode(group, skip_special_tokens=True)
@@ -1782,12 +1931,13 @@ def collect(run):
     places = np.arange(cfg.prompts).reshape(cfg.updates, -1)  # a row a mini-batch
     places = places[:, RANK::WORLD_SIZE].ravel().tolist()  # this rank's share of each
     asked = [run.problems[chosen[i]] for i in places for _ in range(cfg.group_size)]
+    seeds = [[seed_of(cfg.seed, "rollout", run.step, i, j) for j in range(cfg.group_size)]
+             for i in places]
     with autocast(run):
         responses = list(rollout(
-            run.model, [run.prompts[chosen[i]] for i in places],
-            [draw_seeds(f"{cfg.seed} rollout {run.step} {i}", cfg.group_size) for i in places],
-            cfg.max_new_tokens, stop_tokens(run.model, run.tokenizer), tick=tick,
-            temperature=cfg.temperature, rollout_tokens=cfg.rollout_tokens))
+            run.model, [run.prompts[chosen[i]] for i in places], seeds, cfg.max_new_tokens,
+            stop_tokens(run.model, run.tokenizer), temperature=cfg.temperature,
+            rollout_tokens=cfg.rollout_tokens, tick=tick))
     clock.append(time.time())
     texts = run.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
     correct = torch.tensor([p.verify(text, p.answer) for p, text in zip(asked, texts)])
@@ -1979,7 +2129,7 @@ def train(run):
             with autocast(run):
                 scores[run.step] = evaluate(
                     run.model, run.tokenizer, *run.held_out, cfg.eval_samples,
-                    seeded(run, f"evaluation {run.step}"), f"Pass@k at step {run.step}",
+                    (cfg.seed, "evaluation", run.step), f"Pass@k at step {run.step}",
                     max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
                     rollout_tokens=cfg.rollout_tokens)
             append_log(log, [{"step": run.step, "pass_at_k": scores[run.step]}])

@@ -3,6 +3,7 @@
 The kernels run in Triton's interpreter where there is no GPU, and on the GPU where there is one.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -575,9 +576,8 @@ def test_dropout_is_off(tmp_path, tokenizer):
 
 
 def sample(model, prompts, seed=0, group_size=3, max_new_tokens=8, stop_ids=(0,), **options):
-    generator = torch.Generator().manual_seed(seed)
-    return list(nsr.rollout(model, prompts, group_size, max_new_tokens, list(stop_ids), generator,
-                            **options))
+    seeds = [[nsr.seed_of(seed, i, j) for j in range(group_size)] for i in range(len(prompts))]
+    return list(nsr.rollout(model, prompts, seeds, max_new_tokens, list(stop_ids), **options))
 
 
 PROMPTS = [[3, 5, 7], [4, 4, 6, 8, 10, 11], [9], [12, 13, 14, 15]]
@@ -622,20 +622,56 @@ def test_rollout_order_lengths_and_budget(model):
         assert (r.ids[-1] == 0) == r.stopped and 0 not in r.ids[:-1]
     assert {r.stopped for r in responses} == {True, False}
     assert sample(model, PROMPTS, seed=1) != responses == sample(model, PROMPTS)
-    for budget in (1, 40, 60):  # single rows, 2 or 4 at once, groups cut or not
-        cut = sample(model, PROMPTS, group_size=3, rollout_tokens=budget)
-        assert [r.prompt_ids for r in cut] == [r.prompt_ids for r in responses]
-        for r in cut:
+
+
+@pytest.mark.parametrize("max_new_tokens", [8, 40, 200])  # looks for ended rows at 1, 1, 4 tokens
+def test_a_response_follows_from_its_seed_alone(model, max_new_tokens):
+    """Whatever shares the batch: budgets of one row to all, other prompts, groups of any size."""
+    seeds = [[5, 2**63 - 1, 0], [7], [], [11, 12, 13, 14, 15, 16, 17]]
+
+    def ids(prompts, seeds, **options):
+        heard = []
+        responses = list(nsr.rollout(model, prompts, seeds, max_new_tokens, [0, 5, 7], **options,
+                                     tick=heard.append))
+        assert sum(heard) >= sum(len(r.ids) for r in responses)
+        assert [r.prompt_ids for r in responses] == [
+            p for p, group in zip(prompts, seeds) for _ in group]
+        for r in responses:
+            assert r.stopped == (r.ids[-1] in (0, 5, 7)) and len(r.ids) <= max_new_tokens
             close(r.logp, logp_alone(model, r))
+        return [r.ids for r in responses]
+
+    expected = ids(PROMPTS, seeds)
+    assert len({len(x) for x in expected}) > 3
+    for budget in (1, 3 * max_new_tokens, 6 * max_new_tokens):
+        assert ids(PROMPTS, seeds, rollout_tokens=budget) == expected
+    assert ids(PROMPTS[::-1], seeds[::-1]) == expected[4:] + expected[3:4] + expected[:3]
+    assert ids(PROMPTS[:1], [[0]]) == expected[2:3]
 
 
-def test_rollout_with_a_sliding_window(tokenizer):
+def test_a_group_is_yielded_as_soon_as_it_is_complete(model):
+    heard = []
+    responses = nsr.rollout(model, PROMPTS * 5, [[i] for i in range(20)], 8, [0],
+                            rollout_tokens=40, tick=heard.append)
+    first = next(responses)
+    assert len(heard) == len(first.ids)
+    assert len(list(responses)) == 19 and sum(heard) > 3 * sum(heard[: len(first.ids)])
+
+
+@pytest.mark.parametrize("budget", [40, 2**16])
+@pytest.mark.parametrize("name, options", [
+    ("Mistral", dict(sliding_window=4)), ("GPT2", dict(n_positions=18)), ("Llama", {}),
+    ("Gemma2", dict(sliding_window=4, head_dim=16)), ("Gemma3Text", dict(sliding_window=4,
+                                                                        head_dim=16)),
+    ("Qwen2", dict(sliding_window=4, use_sliding_window=True, max_window_layers=1))])
+def test_rollout_of_other_models(name, options, budget):
+    """Sliding windows, learnt positions up to the last, grouped heads."""
     torch.manual_seed(0)
-    config = transformers.MistralConfig(
+    config = getattr(transformers, f"{name}Config")(
         vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, sliding_window=4, initializer_range=0.3)
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, **options)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for r in sample(model, PROMPTS, max_new_tokens=12):
+    for r in sample(model, PROMPTS, max_new_tokens=12, rollout_tokens=budget):
         close(r.logp, logp_alone(model, r))
 
 
@@ -645,15 +681,44 @@ def test_several_stop_tokens_end_a_response_and_are_kept(model):
     assert all(not {0, 5} & set(r.ids[:-1]) for r in responses)
 
 
-def test_sampler_draws_from_the_policy(model):
-    """First tokens of many responses against the model's probabilities: a chi-square test."""
-    drawn = [r.ids[0] for r in sample(model, PROMPTS[:1], group_size=4000, max_new_tokens=1)]
-    p = model(torch.tensor(PROMPTS[:1])).logits[0, -1].softmax(-1)
-    counts, expected = torch.tensor(drawn).bincount(minlength=len(p)), 4000 * p
-    big = expected > 5
-    chi2 = ((counts - expected) ** 2 / expected)[big].sum().item()
-    degrees = int(big.sum())
-    assert chi2 < degrees + 5 * math.sqrt(2 * degrees)
+@pytest.mark.parametrize("sampler", ["rollout", "generate"])
+def test_sampler_draws_from_the_policy(model, sampler):
+    """Two tokens of many responses against their exact probabilities, and so does transformers."""
+    n, prompt, options = 4000, PROMPTS[0], dict(temperature=0.8, top_p=0.9)
+
+    def exact(ids):
+        return nsr.sampling_probs(model(torch.tensor([ids])).logits[:, -1], **options)[0].tolist()
+
+    expected = {(a, b): n * p * q for a, p in enumerate(exact(prompt)) if a
+                for b, q in enumerate(exact(prompt + [a]))} | {(0, 0): n * exact(prompt)[0]}
+    if sampler == "rollout":
+        drawn = [r.ids for r in sample(model, [prompt], 0, n, 2, rollout_tokens=4000, **options)]
+    else:
+        torch.manual_seed(0)
+        drawn = model.generate(torch.tensor([prompt]), do_sample=True, max_new_tokens=2, top_k=0,
+                               num_return_sequences=n, **options)[:, len(prompt) :].tolist()
+    counts = collections.Counter(tuple(ids + [0])[:2] for ids in drawn)
+    assert set(counts) <= {pair for pair, count in expected.items() if count}
+    big = [pair for pair, count in expected.items() if count > 5]
+    chi2 = sum((counts[pair] - expected[pair]) ** 2 / expected[pair] for pair in big)
+    assert len(big) > 20 and chi2 < len(big) + 5 * math.sqrt(2 * len(big))
+
+
+def test_draw_at_a_large_vocabulary():
+    """The middle of a token's interval draws it, be it as rare as 1e-9; p = 0 is never drawn."""
+    logits = torch.randn(3, 151_936, generator=torch.Generator().manual_seed(0)) * 4
+    logits[:, :5] = logits[:, -5:] = -math.inf
+    cdf = np.cumsum(nsr.sampling_probs(logits, 1.0).double().numpy(), axis=1)
+    likely = logits[1].argmax().item()
+    u, tokens = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), [5, 151_930]
+    for row, token in itertools.product(range(3), [5, 6, 70_000, likely, 151_930]):
+        middle = (cdf[row, token - 1] + cdf[row, token]) / 2 / cdf[row, -1]
+        assert nsr.draw(logits[[row]], torch.tensor([middle]), 1.0, 1.0)[0].tolist() == [token]
+    assert nsr.draw(logits[:2], u, 1.0, 1.0)[0].tolist() == tokens
+    many = torch.rand(3, dtype=torch.float64)
+    alone = [nsr.draw(logits[[i]], many[[i]], 0.7, 0.9) for i in range(3)]
+    for x, parts in zip(nsr.draw(logits, many, 0.7, 0.9), zip(*alone)):
+        assert torch.equal(x, torch.cat(parts))
 
 
 def test_masks_come_from_lengths_when_pad_is_eos(model):
