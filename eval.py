@@ -1,128 +1,249 @@
-"""Pass@k of one or several models on one or several problem sets.
+"""Pass@k of one or several models on one or several problem sets, as a paper quotes it.
 
-    python eval.py out/a-nsr-1 out/psr-1                          # held-out countdown problems
-    python eval.py countdown out/a-nsr-1                          # ... beside the base policy
-    python eval.py Qwen/Qwen2.5-Math-1.5B out/NAME --data math500 aime2025 -n 64
-    python eval.py --rescore responses.jsonl                      # verify stored responses again
+    python eval.py countdown out/a-nsr-1                     # the problems that training held out
+    python eval.py countdown out/*-s[0-9] --group --compare  # the seeds of a method as one
+    python eval.py MODEL --data math500 -n 64 --save out/t   # also t.md, t.csv, t.png and t.svg
+    python eval.py --rescore out/eval/*.jsonl                # verify stored responses again
 
-The code of rollout, verification and estimate is that of training, imported from nsr.py.
+Every response is kept, a line of out/eval/MODEL--DATA.jsonl, and every number is taken from there;
+what is there is not sampled again. Rows have the fields of the NSR authors' files, and more.
 """
 
-import argparse
-import collections
-import json
+import csv
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from nsr import (Config, UserError, command, encode_prompts, evaluate, extract_answer, load_model,
-                 load_problems, parse_answer, pass_at_k, pass_table, pick_device, read_problems,
-                 verify, verify_countdown)
+import nsr
+from nsr import Config, UserError, digits
 
-SAMPLING = {  # what training samples with, and what the papers evaluate MATH with
+SAMPLING = {  # on countdown: what training samples with; else what the papers evaluate MATH with
     True: dict(temperature=1.0, top_p=1.0, max_new_tokens=Config.max_new_tokens),
-    False: dict(temperature=0.6, top_p=0.95, max_new_tokens=3072),
-}
+    False: dict(temperature=0.6, top_p=0.95, max_new_tokens=3072)}
+SETTINGS = "model", "weights", "data", "n", *SAMPLING[True]  # in every row that is sampled here
+FIELDS = {"question_id", "generation_id", "response", "gold_answer", "label"}  # in every row
+COLORS = "#000000 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9".split()  # of Okabe and Ito
 
 
 def parse_flags():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = nsr.flag_parser(__doc__)
     flag = parser.add_argument
-    flag("models", nargs="*", metavar="MODEL", help="a directory, out/NAME of a run, a hub name, "
-         "or countdown for the embedded base policy")
-    flag("--data", nargs="+", default=["countdown"], metavar="NAME_OR_FILE",
-         help="problem sets, named as for nsr.py --data [countdown: 100 held-out problems]")
+    flag("models", nargs="*", metavar="MODEL", help="a directory, out/NAME, a hub name, countdown")
+    flag("--data", nargs="+", metavar="SET", help="[countdown; else math-test aime2025 amc23]")
     flag("-n", type=int, default=256, help="responses to each problem [256]")
-    flag("--problems", type=int, help="only so many problems of each set [all]")
-    flag("--temperature", type=float, help="[0.6; 1.0 on countdown]")
-    flag("--top-p", type=float, help="mass of the likeliest tokens to draw from [0.95; 1.0 on "
-         "countdown]")
+    flag("-k", type=int, nargs="+", metavar="K", help="columns of the table [1 2 4 ... n]")
+    flag("--problems", type=int, help="only so many of each set, drawn at random [all]")
+    flag("--temperature", type=float, help="[0.6; 1 on countdown]")
+    flag("--top-p", type=float, help="draw from the likeliest of this mass [0.95; 1 on countdown]")
     flag("--max-new-tokens", type=int, help="longest response in tokens [3072; 20 on countdown]")
     flag("--rollout-tokens", type=int, default=2**16, help="most tokens in the KV cache [65536]")
     flag("--seed", type=int, default=0, help="decides every random draw [0]")
-    flag("--rescore", metavar="FILE", help="no sampling: verify the responses of a JSON Lines file "
-         "again, samples.jsonl or {question_id, response, gold_answer, label} a line")
+    flag("--compare", action="store_true", help="also the paired differences to the first model")
+    flag("--group", action="store_true", help="NAME-s0, NAME-s1, ... are seeds of one model")
+    flag("--save", metavar="NAME", help="also write NAME.md, NAME.csv, NAME.png and NAME.svg")
+    flag("--out", default="out/eval", metavar="DIR", help="where responses are kept [out/eval]")
+    flag("--rescore", nargs="+", metavar="FILE", help="sample none; verify again what files hold")
     flag("--device", default="", help="cpu, cuda, cuda:1, ... [cuda if there is one, else cpu]")
-
-    def error(message):
-        raise UserError(f"{message}; see --help")
-
-    parser.error = error
     args = parser.parse_args()
     if bool(args.models) == bool(args.rescore):
-        raise UserError("give models to evaluate, or a file to --rescore; see --help")
+        parser.error("give models to evaluate, or files to --rescore")
     for name in ("n", "problems", "temperature", "top_p", "max_new_tokens", "rollout_tokens"):
         if not (getattr(args, name) is None or getattr(args, name) > 0):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    if args.k and not (0 < min(args.k) and (args.rescore or max(args.k) <= args.n)):
+        parser.error(f"-k {max(args.k)}: Pass@k takes k of the -n {args.n} responses")
     return args
 
 
-def rescore(path):
-    """Verify the stored responses of a file again, and print what changes. Raises UserError."""
-    changed, verdicts, unparsed = [], collections.defaultdict(list), 0
-    try:
-        for row in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()):
-            gold = str(row["gold_answer"] if "gold_answer" in row else row["answer"])
-            check = verify_countdown if re.fullmatch(r"[1-9 ]+ = \d+", gold) else verify
-            correct, before = check(row["response"], gold), row.get("label", row.get("correct"))
-            question = row["question_id"] if "question_id" in row else row["question"]
-            verdicts[question].append(correct)
-            answer = extract_answer(row["response"])
-            unparsed += answer is not None and parse_answer(answer) is None
-            if before is not None and bool(before) != correct:
-                changed.append(f"  {'now' if correct else 'no longer'} correct: {answer!r} "
-                               f"for {gold!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"--rescore {path}: cannot read it ({type(e).__name__}: {e}); a line needs "
-                        "response, answer or gold_answer, and question or question_id") from e
-    if not verdicts:
-        raise UserError(f"--rescore {path}: it is empty")
-    total = sum(map(len, verdicts.values()))
-    print(f"{total} responses to {len(verdicts)} questions: {sum(map(sum, verdicts.values()))} "
-          f"correct, {unparsed} with a box that does not parse, {len(changed)} changed")
-    print(*changed, sep="\n", end="\n" * bool(changed))
-    if "question_id" not in row:  # samples.jsonl: picked by verdict, so no estimate of Pass@k
-        return 0
-    n = min(map(len, verdicts.values()))
-    scores = {k: sum(pass_at_k(len(v), sum(v), k) for v in verdicts.values()) / len(verdicts)
-              for k in (2**i for i in range(n.bit_length()))}
-    print(*pass_table([(path, scores)]), sep="\n")
-    return 0
+def sample(path, title, model, tokenizer, problems, prompts, settings, args, **sampling):
+    """Append to `path` the responses that it lacks, drawn as `sampling` says."""
+    n = settings["n"]
+    seeds = [[nsr.seed_of(args.seed, p.question, j) for j in range(n)] for p in problems]
+    expected = (settings | {"question_id": p.question, "gold_answer": p.answer, "seed": seed}
+                for p, group in zip(problems, seeds) for seed in group)
+    rows = nsr.read_log(path)
+    for number, (row, wanted) in enumerate(zip(rows, expected), 1):
+        for key in (key for key, value in wanted.items() if row.get(key) != value):
+            raise UserError(f"{path}, line {number}: {key} is {row.get(key)!r}, not {wanted[key]!r}"
+                            ": no mixed models or settings in a file; move it, or give --out DIR")
+    # Rounding depends on the batch, so problems are sampled in chunks that are always the same, and
+    # a chunk that a kill left unfinished is sampled again: the file ends the same, byte for byte.
+    longest, done = max(map(len, prompts)) + sampling["max_new_tokens"], len(rows) // n
+    chunk = max(1, 4 * args.rollout_tokens // (n * longest))
+    if done < len(problems):
+        done -= done % chunk
+        nsr.write_log(path, rows[: done * n])
+    for group in nsr.sample_groups(
+            model, tokenizer, problems, prompts, seeds, title, chunk=chunk, done=done,
+            correct=sum(row["label"] for row in rows[: done * n]),
+            rollout_tokens=args.rollout_tokens, **sampling):
+        nsr.append_log(path, [settings | row for row in group])
+
+
+def evaluate(name, sets, args, started, done):
+    """Sample from a model what its files lack; their paths are appended to started, then done."""
+    model, tokenizer = nsr.load_model(name, nsr.pick_device(args.device))
+    bits = f"{sum(int(p.detach().view(torch.int32).sum()) for p in model.parameters()) % 2**64:x}"
+    for data, problems in sets.items():
+        sampling = {knob: getattr(args, knob) or default
+                    for knob, default in SAMPLING[data == "countdown"].items()}
+        settings = {"model": name, "weights": bits, "data": data, "n": args.n, **sampling}
+        what = model, tokenizer, *nsr.encode_prompts(
+            problems, model, tokenizer, Config(max_new_tokens=sampling["max_new_tokens"]))
+        file = "--".join(re.sub(r"[^\w.-]+", "-", part).strip("-.")[-99:] for part in (name, data))
+        path, title = Path(args.out, f"{file}.jsonl"), f"{name} on {data}"
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type != "cpu"):
+            sample(path.parent / "greedy" / path.name, f"{title}, greedy", *what,
+                   settings | {"n": 1, "temperature": 0.0, "top_p": 1.0}, args,
+                   **sampling | {"temperature": 1.0, "top_p": 1e-9})  # a nucleus of one token
+            started.append(path)
+            sample(path, title, *what, settings, args, **sampling)
+            done.append(path)
+
+
+def load(path, again, ks=None):
+    """(settings, {question_id: tally}) of a file of responses, of the problems that have all.
+
+    again: verdicts are made anew, and those that change are printed. Raises UserError.
+    """
+    groups, rows, changed = {}, nsr.read_log(path), []
+    if not rows or not all(row.keys() >= FIELDS for row in rows):
+        raise UserError(f"{path}: no responses, or not in each line {', '.join(sorted(FIELDS))}")
+    settings = {key: rows[0].get(key) for key in SETTINGS}
+    for row in rows:
+        if again:
+            check = nsr.verify_countdown if row.get("data") == "countdown" else nsr.verify
+            before, row["label"] = row["label"], check(row["response"], row["gold_answer"])
+            row["pred_answer"] = nsr.extract_answer(row["response"])
+            if row["label"] != bool(before):
+                changed.append(f"  {row['label']}: {row['pred_answer']!r} / {row['gold_answer']!r}")
+        group = groups.setdefault(row["question_id"], {})
+        if row["generation_id"] in group or any(row.get(k) != v for k, v in settings.items()):
+            raise UserError(f"{path}: mixed models in one file, or one twice, at question "
+                            f"{row['question_id']!r}, generation {row['generation_id']}")
+        group[row["generation_id"]] = row
+    if again:
+        print(f"{path}: {len(rows)} responses, {len(changed)} verdicts changed", *changed, sep="\n")
+    n = settings["n"] or min(map(len, groups.values()))
+    if ks and max(ks) > n:
+        raise UserError(f"{path}: Pass@{max(ks)} takes more than its {n} responses to a problem")
+    greedy = path.parent / "greedy" / path.name
+    greedy = load(greedy, again)[1] if greedy.exists() else {}
+    return settings | {"path": str(path), "model": settings["model"] or str(path),
+                       "data": settings["data"] or path.stem}, {
+        i: nsr.tally([*group.values()][:n], ks) | (
+            {"greedy": greedy[i]["Pass@1"]} if i in greedy else {})
+        for i, group in groups.items() if len(group) >= n}
+
+
+@np.errstate(invalid="ignore")  # where none of the problems counts, a mean is 0 / 0: nan
+def bootstrap(groups, resamples=10_000):
+    """(values, resampled values): (groups, columns), (resamples, groups, columns) float64.
+
+    groups: of (seeds, P, columns), nan where a problem does not count. Problems and seeds are drawn
+    with replacement, the same problems for all groups, so that differences are paired.
+    """
+    parts = [(np.nan_to_num(group), ~np.isnan(group) + 0.0) for group in groups]
+    rng, count, means = np.random.default_rng(0), groups[0].shape[1], []
+    for r in range(resamples + 1):  # the first: all once
+        share = np.bincount(rng.integers(count, size=count) if r else range(count), minlength=count)
+        by_seed = [(share @ score) / (share @ known) for score, known in parts]
+        means.append([m[rng.integers(len(m), size=len(m)) if r else ...].mean(0) for m in by_seed])
+    return np.array(means[0]), np.array(means[1:])
+
+
+def report(found, args):
+    """Print the tables of `found`, pairs (settings, tallies), and write what --save asks for."""
+    page, panels, records = "", [], ["data,model,measure,value,low,high".split(",")]
+    for data in dict.fromkeys(settings["data"] for settings, _ in found):
+        of, models, about = {}, {}, {}
+        for settings, tallies in found:
+            if settings["data"] == data:
+                name = settings["path" if settings["model"] in of else "model"]
+                label = re.sub(r"^.*/|-s\d+$", "", name) if args.group else name
+                of[name] = tallies
+                models.setdefault(label, []).append(name)
+                about |= {", ".join(f"{k} {settings[k]}" for k in SETTINGS[3:] if settings[k]): 0}
+        ids = [i for i in [*of.values()][0] if all(i in tallies for tallies in of.values())]
+        if not ids:
+            raise UserError(f"{data}: no problem to which all models have all their responses")
+        columns = sorted({c: 0 for tallies in of.values() for i in ids for c in tallies[i]},
+                         key=lambda c: c * (":" in c))  # level and subject by name
+        groups = [np.array([[[of[name][i].get(c, np.nan) for c in columns] for i in ids]
+                            for name in names], float) for names in models.values()]
+        (values, means), labels, count = bootstrap(groups), [*models], len(models)
+        if args.compare:
+            labels += [f"{label} - {labels[0]}" for label in labels[1:]]
+            values = np.concatenate([values, values[1:] - values[0]])
+            means = np.concatenate([means, means[:, 1:] - means[:, :1]], axis=1)
+        numbers = np.array([values, *np.percentile(means, [2.5, 97.5], axis=0)])
+        records += [(data, label, *row) for g, label in enumerate(labels)
+                    for row in zip(columns, *numbers[:, g])]
+        page += (f"{data}, {len(ids)} problems, {' or '.join(about)}; below each its 95% interval, "
+                 f"by bootstrap over problems and seeds{'; * excludes 0' * args.compare}:\n\n")
+        kinds = [re.match("Pass@|level: |subject: |", column)[0] for column in columns]
+        for kind in dict.fromkeys(kinds):
+            part = [j for j, other in enumerate(kinds) if other == kind]
+            rows = [[kind.rstrip(": "), *(columns[j].removeprefix(kind) for j in part)]]
+            for g, label in enumerate(labels):
+                rows, gap = rows + [[label], [""]], g >= count
+                for j, (value, low, high) in zip(part, numbers[:, g, part].T):
+                    best = kind == "Pass@" and value == values[:count, j].max() and count > 1
+                    bold, star = "**" * bool(best and not gap), "*" * bool(gap and low * high > 0)
+                    rows[-2].append(bold + digits(value, "+" * gap) + star + bold)
+                    rows[-1].append(f"{digits(low)} {digits(high)}")
+            page += "\n".join([*nsr.table(rows), "", ""])
+            if kind == "Pass@":
+                panels.append((f"{data}, {len(ids)} problems", [int(k) for k in rows[0][1:]],
+                               [*zip(models, numbers[:, :, part].swapaxes(0, 1))]))
+    style = "  \033[1m\\1\033[0m  " if sys.stdout.isatty() else r"  \1  "
+    print("\r\033[K" * sys.stdout.isatty() + re.sub(r"\*\*(\S+)\*\*", style, page), end="")
+    if args.save and panels:
+        picture(panels, args.save)
+        Path(f"{args.save}.md").write_text(page)
+        with open(f"{args.save}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(records)
+
+
+def picture(panels, name):
+    """Draw Pass@k with its intervals as NAME.png and NAME.svg, a panel a problem set."""
+    from matplotlib.figure import Figure  # slow to import
+    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    for axis, (title, ks, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for i, (label, (values, low, high)) in enumerate(curves):
+            axis.fill_between(ks, low, high, color=COLORS[i % 7], alpha=0.15, lw=0)
+            axis.semilogx(ks, values, base=2, color=COLORS[i % 7], marker="osD^vPX"[i % 7], ms=5,
+                          ls=("-", "--", "-.", ":")[i % 4], label=label)
+        axis.set(title=title, xlabel="k", ylabel="Pass@k", xticks=ks, xticklabels=ks)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    for kind in ("png", "svg"):
+        figure.savefig(f"{name}.{kind}", dpi=200)
 
 
 def main():
-    """`python eval.py`: a table of Pass@k for every problem set; 130 when stopped."""
-    args = parse_flags()
-    if args.rescore:
-        return rescore(args.rescore)
-    device = pick_device(args.device)
-    sets = {name: load_problems(Config())[1][: Config.eval_problems] if name == "countdown" else
-            read_problems(name) for name in args.data}  # all, before the first is sampled from
-    tables = {data: [] for data in sets}
+    """`python eval.py`: 0 when all is sampled, 130 when stopped; both print what is complete."""
+    args, status, started, done = parse_flags(), 0, [], []
+    runs = [Path(name, "config.json") for name in args.models if name != "countdown"]
+    own = all(run.exists() and '"data": "countdown"' in run.read_text() for run in runs)
+    sets = {} if args.rescore else {  # all, before the first is sampled
+        data: (nsr.load_problems(Config())[1] if data == "countdown" else
+               nsr.shuffled_problems(data))[: args.problems]
+        for data in args.data or (["countdown"] if own else ["math-test", "aime2025", "amc23"])}
     try:
-        for name in args.models:
-            model, tokenizer = load_model(name, device)
-            for data, problems in sets.items():
-                sampling = {knob: getattr(args, knob) or default
-                            for knob, default in SAMPLING[data == "countdown"].items()}
-                cfg = Config(max_new_tokens=sampling["max_new_tokens"])
-                problems = encode_prompts(problems[: args.problems], model, tokenizer, cfg)
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
-                    tables[data].append((name, evaluate(
-                        model, tokenizer, *problems, args.n, (args.seed, data), f"{name} on {data}",
-                        rollout_tokens=args.rollout_tokens, **sampling)))
-    finally:  # Ctrl-C keeps what is complete
-        for data, rows in tables.items():
-            if rows:
-                sampling = ", ".join(f"{knob} {getattr(args, knob) or default:g}" for knob, default
-                                     in SAMPLING[data == "countdown"].items())
-                print(f"\nPass@k on {data}, {args.n} responses to each problem, {sampling}:")
-                print(*pass_table(rows), sep="\n")
-    return 0
+        for name in dict.fromkeys(name.rstrip("/") for name in args.models):
+            evaluate(name, sets, args, started, done)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here")
+        status = 130
+    files = done or [path for path in started if path.stat().st_size]
+    report([load(path, args.rescore, args.k)
+            for path in files or map(Path, args.rescore or ())], args)
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(nsr.command(main))

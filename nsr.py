@@ -191,6 +191,7 @@ class Problem(NamedTuple):
     answer: str  # gold
     instruction: str  # follows the question in the prompt
     verify: Callable[[str, str], bool]  # (response, answer) -> is it correct
+    tags: dict = {}  # level and subject, where the data has them
 
 
 GITHUB = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/main/evaluation/data"
@@ -251,8 +252,9 @@ def parse_problem(row):
     if not answer:
         raise ValueError("no answer in answer, final_answer, Answer or reward_model.ground_truth, "
                          "and no \\boxed{} in solution")
+    tags = {"level": row.get("level"), "subject": row.get("subject") or row.get("type")}
     return Problem(question, answer, "Please reason step by step, and put your final answer within "
-                   "\\boxed{}.", verify)
+                   "\\boxed{}.", verify, {key: str(tag) for key, tag in tags.items() if tag})
 
 
 def read_problems(name):
@@ -1660,40 +1662,88 @@ def pass_at_k(n, c, k):
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)  # rounded once
 
 
-def evaluate(model, tokenizer, problems, prompts, n, seed, title, **sampling):
-    """{k: mean Pass@k over problems} for k = 1, 2, 4, ... n, from n responses to each problem.
+def sample_groups(model, tokenizer, problems, prompts, seeds, title, *, chunk=None, done=0,
+                  correct=0, **sampling):
+    """Sample and verify: yields, problem by problem, a list of rows (dict), one a response.
 
-    prompts: the token ids of problems. seed: what seed_of() takes. sampling: what rollout() takes.
+    prompts, seeds: of each problem, its token ids and a seed a response. sampling: what rollout()
+    takes, for `chunk` problems at a time (default: all). The first `done` problems are passed over;
+    they had `correct` correct responses. The fields of a row have the names of the evaluation that
+    arXiv:2506.01347 released; length is in tokens, finish_reason stop or length (cut), logp the
+    mean log-probability of the tokens drawn.
     """
-    started, correct, tokens = time.time(), [], 0
+    started, tokens, first, n = time.time(), 0, done, len(seeds[0])
 
     def tick(count):
         nonlocal tokens
         tokens += count
-        left = (time.time() - started) * (len(problems) / max(1, len(correct)) - 1)
-        live(f"{title}: {len(correct)}/{len(problems)} problems, {tokens:,} tokens"
-             + f", {duration(left)} left" * bool(correct))
+        spent, new = time.time() - started, done - first
+        live(f"{title}: {done}/{len(problems)} problems, {tokens / spent:,.0f} tokens/s" + (
+            f", {new * n / spent:,.0f} samples/s, Pass@1 {correct / done / n:.3f}, "
+            f"{duration(spent / new * (len(problems) - done))} left" if new else ""))
 
+    chunk = chunk or len(problems)
+    for at in range(done, len(problems), chunk):
+        responses = rollout(model, prompts[at : at + chunk], seeds[at : at + chunk],
+                            stop_ids=stop_tokens(model, tokenizer), tick=tick, **sampling)
+        for problem, group_seeds in zip(problems[at : at + chunk], seeds[at : at + chunk]):
+            group = list(itertools.islice(responses, n))
+            texts = tokenizer.batch_decode([r.ids for r in group], skip_special_tokens=True)
+            rows = [{"question_id": problem.question, "generation_id": i, "seed": seed,
+                     "response": text, "pred_answer": extract_answer(text), "gold_answer":
+                     problem.answer, "label": problem.verify(text, problem.answer),
+                     "length": len(r.ids), "finish_reason": "stop" if r.stopped else "length",
+                     "logp": sum(r.logp) / len(r.ids)} | problem.tags
+                    for i, (r, text, seed) in enumerate(zip(group, texts, group_seeds))]
+            done, correct = done + 1, correct + sum(row["label"] for row in rows)
+            yield rows
+
+
+def tally(rows, ks=None):
+    """{measure: value} of the responses (rows) to one problem; ks of Pass@k: 1, 2, 4, ... and n."""
+    n, c = len(rows), sum(row["label"] for row in rows)
+    answers = ["".join((row["pred_answer"] or "").split()) for row in rows]
+    votes = collections.Counter(filter(None, answers))  # answers are equal if written the same
+    measures = {f"Pass@{k}": pass_at_k(n, c, k)
+                for k in ks or sorted({2**i for i in range(n.bit_length())} | {n})}
+    measures["maj@n"] = bool(votes) and rows[answers.index(max(votes, key=votes.get))]["label"]
+    measures |= {"distinct": len(votes), "no box": answers.count("") / n}
+    if "finish_reason" in rows[0]:  # the files of others may not say
+        measures |= {"truncated": sum(row["finish_reason"] == "length" for row in rows) / n,
+                     "length": sum(row["length"] for row in rows) / n}
+    return measures | {f"{tag}: {rows[0][tag]}": c / n
+                       for tag in ("level", "subject") if tag in rows[0]}
+
+
+def evaluate(model, tokenizer, problems, prompts, n, seed, title, **sampling):
+    """{measure: mean over problems} of tally(), from n responses to each problem.
+
+    prompts: the token ids of problems. seed: what seed_of() takes. sampling: what rollout() takes.
+    """
     seeds = [[seed_of(*seed, i, j) for j in range(n)] for i in range(len(prompts))]
-    responses = rollout(model, prompts, seeds, stop_ids=stop_tokens(model, tokenizer), tick=tick,
-                        **sampling)
-    for problem in problems:
-        group = [r.ids for r in itertools.islice(responses, n)]
-        texts = tokenizer.batch_decode(group, skip_special_tokens=True)
-        correct.append(sum(problem.verify(text, problem.answer) for text in texts))
-    return {k: sum(pass_at_k(n, c, k) for c in correct) / len(correct)
-            for k in (2**i for i in range(n.bit_length()))}
+    tallies = [tally(rows) for rows in sample_groups(
+        model, tokenizer, problems, prompts, seeds, title, **sampling)]
+    return {key: sum(t[key] for t in tallies) / len(tallies)
+            for key in tallies[0] if ":" not in key}
 
 
-def pass_table(rows):
-    """Lines of a table of Pass@k from rows of (name, {k: Pass@k})."""
-    wide = max(len(name) for name, _ in rows)
-    yield " " * wide + "".join(f"{f'k={k}':>8}" for k in rows[0][1])
-    for name, scores in rows:
-        yield name.ljust(wide) + "".join(f"{score:8.3f}" for score in scores.values())
+def digits(x, sign=""):
+    """
+    >>> digits(0.1234), digits(-0.5), digits(0.5, "+"), digits(10)
+    ('.123', '-.500', '+.500', '10.000')
+    """
+    return "-" if math.isnan(x) else re.sub(r"^([+-]?)0\.", r"\1.", f"{x:{sign}.3f}")
+
+
+def table(rows):
+    """Lines of a Markdown table of strings, aligned; the first row is its heading."""
+    wide = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join([row[0].ljust(wide[0]), *(
+        cell.rjust(width) for cell, width in zip(row[1:], wide[1:]))]) + " |" for row in rows]
+    return [lines[0], re.sub(r"[^|]", "-", lines[0]), *lines[1:]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1823,12 +1873,24 @@ def load_checkpoint(path, device):
 
 
 def read_log(path):
-    """The rows of a JSON Lines log, without a last line that was cut short by a kill."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    """The rows of a JSON Lines file, without a last line that was cut short by a kill."""
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
     try:
-        return [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in lines]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line is no JSON object")
     except ValueError as e:
-        raise UserError(f"{path} is damaged ({first_line(e)}); mend it, or start a new run") from e
+        raise UserError(f"{path} is damaged ({first_line(e)}); mend it, or move it away") from e
+    try:
+        return [*rows, json.loads(last)] if last else rows
+    except ValueError:
+        live(f"{path}: its last line was cut short, and is dropped", done=True)
+        return rows
+
+
+def write_log(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def append_log(path, rows):
@@ -2127,12 +2189,14 @@ def train(run):
         due = run.step in (0, cfg.steps) or cfg.eval_every and run.step % cfg.eval_every == 0
         if due and run.step not in scores:
             with autocast(run):
-                scores[run.step] = evaluate(
+                measures = evaluate(
                     run.model, run.tokenizer, *run.held_out, cfg.eval_samples,
                     (cfg.seed, "evaluation", run.step), f"Pass@k at step {run.step}",
                     max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
                     rollout_tokens=cfg.rollout_tokens)
-            append_log(log, [{"step": run.step, "pass_at_k": scores[run.step]}])
+            scores[run.step] = {int(key.removeprefix("Pass@")): measures.pop(key)
+                                for key in [*measures] if key.startswith("Pass@")}
+            append_log(log, [{"step": run.step, "pass_at_k": scores[run.step]} | measures])
             live(f"step {run.step}: " + ", ".join(f"Pass@{k} {score:.3f}" for k, score in
                                                   scores[run.step].items()), done=True)
             plot(run)
@@ -2169,10 +2233,21 @@ def train(run):
 # main
 
 
+def flag_parser(description):
+    """An ArgumentParser that raises UserError."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(message):
+        raise UserError(f"{message}; see --help")
+
+    parser.error = error
+    return parser
+
+
 def parse_flags(argv):
     """The flags that were given, {field of Config: value}. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__)
     for knob in fields(Config):
         help, choices = knob.metadata["help"], knob.metadata["choices"]
         if knob.default not in ("", None, False):
@@ -2182,11 +2257,6 @@ def parse_flags(argv):
                  "metavar": None if choices else knob.type.__name__.upper()})
         parser.add_argument(f"--{knob.name.replace('_', '-')}", help=help,
                             default=argparse.SUPPRESS, **kind)
-
-    def error(message):
-        raise UserError(f"{message}; see --help")
-
-    parser.error = error
     return vars(parser.parse_args(argv))
 
 
@@ -2285,8 +2355,7 @@ def open_run(given):
         """Logs without what came after the checkpoint; or a new directory."""
         if path:
             for log in (path / "metrics.jsonl", path / "samples.jsonl"):
-                rows = [row for row in read_log(log) if row["step"] <= state["step"]]
-                write_whole(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
+                write_log(log, [row for row in read_log(log) if row["step"] <= state["step"]])
             return path
         stored.update(problems_sha1=sha1, ranks=WORLD_SIZE, commit=commit(), **{
             package: importlib.metadata.version(package)
@@ -2364,7 +2433,8 @@ def main():
           f"each, temperature {cfg.temperature:g}; methods compare at equal steps and learning "
           "rate, not at equal Pass@1:")
     rows = [("base", scores.get(0)), (cfg.method, scores[cfg.steps])]  # a log may have lost step 0
-    print(*pass_table([row for row in rows if row[1]]), sep="\n")
+    print(*table([["", *(f"k={k}" for k in scores[cfg.steps])]] + [
+        [name, *map(digits, row.values())] for name, row in rows if row]), sep="\n")
     print(f"\nIn {run.path}: curves.png, metrics.jsonl, samples.jsonl, config.json, checkpoint/")
     return 0
 

@@ -4,6 +4,7 @@ The kernels run in Triton's interpreter where there is no GPU, and on the GPU wh
 """
 
 import collections
+import csv
 import dataclasses
 import hashlib
 import io
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +32,7 @@ if not torch.cuda.is_available():
 
 import transformers
 
-import eval as pass_at_k_command
+import eval as evaluation_command
 import kernels.linear_logprob as L
 import kernels.logprob as K
 import nsr
@@ -1076,16 +1078,16 @@ def test_bf16_autocast_leaves_the_weights_in_float32(tokenizer):
 # evaluation
 
 
-def test_pass_at_k_equals_brute_force():
-    for n in range(1, 11):
-        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
-            draws = list(itertools.combinations(range(n), k))
-            share = sum(min(draw) < c for draw in draws) / len(draws)  # 0 .. c - 1 are right
-            assert nsr.pass_at_k(n, c, k) == pytest.approx(share, abs=1e-15)
-    for c, k in ((1, 128), (3, 17), (250, 2), (0, 256), (256, 1)):
+def test_pass_at_k_is_exact():
+    for n in range(1, 13):
+        for k in range(1, n + 1):
+            worst = [min(draw) for draw in itertools.combinations(range(n), k)]
+            for c in range(n + 1):  # 0 .. c - 1 are right
+                share = sum(first < c for first in worst) / len(worst)
+                assert nsr.pass_at_k(n, c, k) == share
+    for c, k in itertools.product(range(257), (1, 2, 17, 128, 255, 256)):
         exact = 1 - Fraction(math.comb(256 - c, k), math.comb(256, k))
-        assert nsr.pass_at_k(256, c, k) == pytest.approx(float(exact), abs=1e-15)
-    assert pass_at_k_command.pass_at_k is nsr.pass_at_k
+        assert nsr.pass_at_k(256, c, k) == float(exact)
     for n, c, k in ((4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)):
         with pytest.raises(ValueError):
             nsr.pass_at_k(n, c, k)
@@ -1098,42 +1100,149 @@ def evaluation(monkeypatch, tmp_path, capsys):
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
-        status = nsr.command(pass_at_k_command.main)
+        status = nsr.command(evaluation_command.main)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return status, *capsys.readouterr()
 
     return run
 
 
-def test_eval_prints_a_table_of_models(evaluation, base):
-    status, out, err = evaluation(base, base, "-n", 4, "--problems", 3)
-    rows = [line.split()[1:] for line in out.splitlines() if line.startswith(str(base))]
-    assert (status, err) == (0, "") and "k=1     k=2     k=4" in out
-    assert len(rows) == 2 and rows[0] == rows[1] and len(rows[0]) == 3
+def saved(name):
+    """{(model, measure): (value, low, high)} of the csv that --save writes."""
+    rows = csv.DictReader(Path(f"{name}.csv").open())
+    return {(row["model"], row["measure"]): tuple(float(row[k]) for k in ("value", "low", "high"))
+            for row in rows}
+
+
+def test_eval_numbers_equal_those_recomputed_from_the_file(evaluation, base):
+    flags = base, "--data", "countdown", "-n", 6, "--problems", 5, "--rollout-tokens", 100
+    status, out, err = evaluation(*flags, "--save", "t")
+    assert (status, err) == (0, "") and {p.suffix for p in Path().glob("t.*")} == {
+        ".csv", ".md", ".png", ".svg"}
+    path, = Path("out/eval").glob("*.jsonl")
+    groups, greedy = {}, nsr.read_log(path.parent / "greedy" / path.name)
+    for row in nsr.read_log(path):
+        groups.setdefault(row["question_id"], []).append(row)
+        assert row["label"] == nsr.verify_countdown(row["response"], row["gold_answer"])
+        assert row["pred_answer"] == nsr.extract_answer(row["response"])
+        assert row["length"] <= 20 and row["finish_reason"] == "stop" or row["length"] == 20
+    groups = list(groups.values())
+    assert [[row["generation_id"] for row in group] for group in groups] == [[*range(6)]] * 5
+    assert len({row["seed"] for group in groups for row in group}) == 30
+    numbers = saved("t")
+    for k in (1, 2, 4, 6):
+        value = sum(1 - math.prod(1 - k / i for i in range(len(group) - sum(
+            row["label"] for row in group) + 1, len(group) + 1)) for group in groups) / 5
+        assert abs(numbers[str(base), f"Pass@{k}"][0] - value) < 1e-12
+    for measure, value in (("length", [row["length"] for group in groups for row in group]),
+                           ("distinct", [len({row["pred_answer"] for row in group} - {None})
+                                         for group in groups]),
+                           ("greedy", [row["label"] for row in greedy])):
+        value_, low, high = numbers[str(base), measure]
+        assert abs(value_ - sum(value) / len(value)) < 1e-12 and low <= value_ <= high
+    assert evaluation(*flags)[1] == out  # nothing is sampled again
+
+
+def test_eval_goes_on_after_a_kill_with_the_same_bytes(evaluation, base):
+    flags = base, "--data", "countdown", "-n", 8, "--problems", 10, "--rollout-tokens", 150
+    assert evaluation(*flags)[0] == 0  # chunks of 2 problems
+    path, = Path("out/eval").glob("*.jsonl")
+    whole, table = path.read_bytes(), evaluation(*flags)[1]
+    for size in random.Random(0).sample(range(len(whole)), 5):  # what a kill at any moment leaves
+        path.write_bytes(whole[:size])
+        status, out, _ = evaluation(*flags)
+        assert status == 0 and path.read_bytes() == whole and out.endswith(table)
+        assert out.count("cut short") == (whole[size - 1] != b"\n"[0])
+    assert evaluation(*flags[:-4], "--problems", 4, *flags[-2:])[0] == 0
+    assert path.read_bytes() == whole
+
+
+def test_eval_stopped_by_ctrl_c_prints_what_is_complete(evaluation, base, monkeypatch):
+    append, count = nsr.append_log, itertools.count()
+
+    def interrupted(path, rows):
+        append(path, rows)
+        if next(count) == 7:  # after 4 greedy ones
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nsr, "append_log", interrupted)
+    flags = base, "--data", "countdown", "-n", 2, "--problems", 4
+    status, out, err = evaluation(*flags)
+    assert (status, err) == (130, "") and "stopped" in out and "countdown, 4 problems" in out
+    assert "countdown, 4 problems" in evaluation(*flags)[1]
 
 
 @pytest.mark.parametrize("flags, said", [
-    ([], "give models"), (["x", "-n", "0"], "-n"), (["x", "--device", "quantum"], "--device"),
-    (["no/such-model"], "no/such-model"), (["x", "--data", "missing.jsonl"], "missing.jsonl"),
-    (["--rescore", "missing.jsonl"], "missing.jsonl"), (["--rescore", "bad.jsonl"], "bad.jsonl")])
+    ([], "give models"), (["x", "-n", "0"], "-n"), (["x", "-n", "4", "-k", "8"], "-k 8"),
+    (["x", "--device", "quantum", "--data", "countdown"], "--device"),
+    (["no/such-model", "--data", "countdown"], "no/such-model"),
+    (["x", "--data", "missing.jsonl"], "missing.jsonl"), (["x", "--problems", "0"], "--problems"),
+    (["--rescore", "missing.jsonl"], "missing.jsonl"), (["--rescore", "bad.jsonl"], "bad.jsonl"),
+    (["--rescore", "empty.jsonl"], "empty.jsonl"), (["--rescore", "mixed.jsonl"], "mixed models"),
+    (["--rescore", "good.jsonl", "-k", "2"], "Pass@2"), (["x", "--data", "empty.jsonl"], "empty")])
 def test_eval_refuses_bad_input_in_one_line(evaluation, tmp_path, flags, said):
-    (tmp_path / "bad.jsonl").write_text('{"response": 1}\n')
-    if "missing.jsonl" in flags:
-        assert not (tmp_path / "missing.jsonl").exists()
+    row = dict(question_id=0, generation_id=0, response="", gold_answer="1", label=0, model="a")
+    for name, rows in (("bad", [{"response": 1}]), ("empty", []), ("good", [row]),
+                       ("mixed", [row, row | {"generation_id": 1, "model": "b"}])):
+        nsr.write_log(tmp_path / f"{name}.jsonl", rows)
     status, _, err = evaluation(*flags)
     assert status == 2 and said in err and len(err.splitlines()) == 1
 
 
-def test_eval_rescores_stored_responses(evaluation, tmp_path):
+def test_eval_refuses_to_mix_models_or_settings_in_a_file(evaluation, base, tokenizer):
+    policy = shutil.copytree(base, "policy")
+    flags = policy, "--data", "countdown", "-n", 2, "--problems", 2
+    assert evaluation(*flags)[0] == 0
+    for more, said in (("--temperature=2", "temperature"), ("--seed=1", "seed"), ("-n4", "n is")):
+        status, _, err = evaluation(*flags, more)
+        assert status == 2 and said in err and len(err.splitlines()) == 1
+    tiny_model(tokenizer, seed=1, hidden=64).save_pretrained(policy)  # it was trained on
+    status, _, err = evaluation(*flags)
+    assert status == 2 and "weights" in err and len(err.splitlines()) == 1
+
+
+def test_eval_compares_and_groups_by_hand(evaluation):
+    answers = {"out/a": [1, 2, 0, 1], "out/b-s0": [2, 3, 1, 2], "out/b-s1": [3, 4, 2, 3],
+               "out/c": [2, 1, 1, 0]}  # of 4 to each question these many are right
+    for model, counts in answers.items():
+        nsr.write_log(Path(f"{model}.jsonl"), [
+            {"model": model, "data": "set", "question_id": i, "generation_id": j, "label": j < c,
+             "response": f"\\boxed{{{1 if j < c else 2 + j}}}", "gold_answer": "1"}
+            for i, c in enumerate(counts) for j in range(4)])
+    flags = "--rescore", *(f"{model}.jsonl" for model in answers), "--compare", "--save", "t"
+    status, out, _ = evaluation(*flags)
+    numbers = saved("t")
+    assert numbers["out/a", "Pass@1"][0] == 0.25 and abs(numbers["out/a", "Pass@2"][0] - 11 / 24) < 1e-12
+    assert numbers["out/b-s0 - out/a", "Pass@1"] == (0.25, 0.25, 0.25)  # in every problem
+    value, low, high = numbers["out/c - out/a", "Pass@1"]
+    assert value == 0 and low < 0 < high and out.count("+.250*") == 1 and " +.000 " in out
+    assert numbers["out/a", "maj@n"][0] == 0.75  # of a tie the first written wins
+    evaluation(*flags, "--group")
+    value, low, high = saved("t")["b - a", "Pass@1"]
+    assert (value, low, high) == (0.375, 0.25, 0.5)  # the seeds are drawn too
+
+
+def test_eval_rescores_both_layouts(evaluation, base):
     rows = [{"question_id": 1, "generation_id": i, "response": f"\\boxed{{{a}}}", "label": label,
              "gold_answer": "\\frac12"} for i, (a, label) in enumerate([("0.5", 0), ("2", 0)])]
-    rows += [{"question_id": 2, "answer": "1 1 2 9 = 24", "correct": True, "response": text}
-             for text in ("\\boxed{(2+1)*(9-1)}", "\\boxed{3*8}")]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    status, out, _ = evaluation("--rescore", "rows.jsonl")
-    assert status == 0 and "4 responses to 2 questions: 2 correct" in out and "2 changed" in out
-    assert "  now correct: '0.5'" in out and "  no longer correct: '3*8'" in out
-    assert out.splitlines()[-1].split() == ["rows.jsonl", "0.500", "1.000"]
+    nsr.write_log(Path("theirs.jsonl"), rows)
+    status, out, _ = evaluation("--rescore", "theirs.jsonl")
+    assert status == 0 and "2 responses, 1 verdicts changed\n  True: '0.5' /" in out
+    assert ".500" in out and "1.000" in out
+    flags = base, "--data", "countdown", "-n", 4, "--problems", 3
+    ours, (path,) = evaluation(*flags)[1], Path("out/eval").glob("*.jsonl")
+    status, out, _ = evaluation("--rescore", path)
+    assert status == 0 and out.endswith(ours) and "12 responses, 0 verdicts changed" in out
+    path.write_text(path.read_text().replace('"label": false', '"label": true', 1))
+    assert "12 responses, 1 verdicts changed" in evaluation("--rescore", path)[1]
+
+
+def test_eval_shows_levels_and_subjects(evaluation, base):
+    rows = [{"problem": q, "answer": "1", "level": level, "type": "Algebra"}
+            for q, level in (("1 2 3 4 = 10", "Level 2"), ("1 2 3 5 = 11", 1))]
+    nsr.write_log(Path("set.jsonl"), rows)
+    status, out, _ = evaluation(base, "--data", "set.jsonl", "-n", 2, "--max-new-tokens", 9)
+    assert status == 0 and "| level" in out and "Level 2 |" in out and "Algebra |" in out
 
 
 # --------------------------------------------------------------------------------------------------
