@@ -1723,9 +1723,10 @@ def evaluate(model, tokenizer, problems, prompts, n, seed, title, **sampling):
 
     prompts: the token ids of problems. seed: what seed_of() takes. sampling: what rollout() takes.
     """
-    seeds = [[seed_of(*seed, i, j) for j in range(n)] for i in range(len(prompts))]
-    tallies = [tally(rows) for rows in sample_groups(
-        model, tokenizer, problems, prompts, seeds, title, **sampling)]
+    share = range(len(prompts))[RANK::WORLD_SIZE]
+    tallies = gather([tally(rows) for rows in sample_groups(
+        model, tokenizer, [problems[i] for i in share], [prompts[i] for i in share],
+        [[seed_of(*seed, i, j) for j in range(n)] for i in share], title, **sampling)])
     return {key: sum(t[key] for t in tallies) / len(tallies)
             for key in tallies[0] if ":" not in key}
 
@@ -2103,17 +2104,24 @@ def step_optimizer(run, model, optimizer, loss):
                         "with a lower --lr")
     if run.cfg.optimizer_state == "float32":
         optimizer.step()
-        return norm
-    for p in params:  # one at a time, so that the state of one only is in float32 on the device
+    else:
+        step_one_by_one(optimizer, params, run.cfg.optimizer_state)
+    optimizer.zero_grad()  # the gradient makes room for the next rollout
+    return norm
+
+
+def step_one_by_one(optimizer, params, where):
+    """optimizer.step(), with the state of one parameter at a time in float32 on its device."""
+    for p in params:
         optimizer.param_groups[0]["params"] = [p]
         state = optimizer.state[p]
         for key in {"exp_avg", "exp_avg_sq"} & state.keys():
             state[key] = state[key].to(p.device, torch.float32)
-        optimizer.step()
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = state[key].cpu() if run.cfg.optimizer_state == "cpu" else to_bf16(state[key])
+        if p.grad is not None:
+            optimizer.step()
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].cpu() if where == "cpu" else to_bf16(state[key])
     optimizer.param_groups[0]["params"] = params
-    return norm
 
 
 def to_bf16(x):
@@ -2138,7 +2146,6 @@ def update(run, batch):
         denom, busy = over_ranks(sum(len(batch.responses[i].ids) for i in mini), len(rows))
         if not busy:
             continue
-        run.optimizer.zero_grad()
         total = 0.0
         for micro in micro_batches(batch.responses, rows, cfg.micro_tokens):
             responses = [batch.responses[i] for i in micro]
@@ -2168,7 +2175,6 @@ def update(run, batch):
 
 def update_critic(run, batch, rows, denom):
     """One optimizer step of the critic, on the responses `rows` of a mini-batch."""
-    run.critic_optimizer.zero_grad()
     total = 0.0
     for micro in micro_batches(batch.responses, rows, run.cfg.micro_tokens):
         with autocast(run):
