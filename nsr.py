@@ -1710,7 +1710,8 @@ def tally(rows, ks=None):
     measures = {f"Pass@{k}": pass_at_k(n, c, k)
                 for k in ks or sorted({2**i for i in range(n.bit_length())} | {n})}
     measures["maj@n"] = bool(votes) and rows[answers.index(max(votes, key=votes.get))]["label"]
-    measures |= {"distinct": len(votes), "no box": answers.count("") / n}
+    measures |= {"distinct": len(votes),
+                 "no box": sum(row["pred_answer"] is None for row in rows) / n}
     if "finish_reason" in rows[0]:  # the files of others may not say
         measures |= {"truncated": sum(row["finish_reason"] == "length" for row in rows) / n,
                      "length": sum(row["length"] for row in rows) / n}
