@@ -1092,6 +1092,8 @@ def load_model(name, device, kind=AutoModelForCausalLM, **options):
     except Exception as e:  # files, formats and hub have no common error; all mean: no model
         raise UserError(f"cannot load the model {name} ({first_line(e)}); give a model directory, "
                         "or a hub name and the network that it takes") from e
+    if model.num_parameters() < 1e6:  # so small that more threads only wait for each other
+        torch.set_num_threads(1)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -2329,8 +2331,6 @@ def open_run(given):
     device = pick_device(cfg.device)
     if device.type == "cpu" and "bf16" not in given:  # a preset's is for a GPU: slow on a CPU
         cfg.bf16 = False
-    if cfg.model == "countdown":  # so small that more threads only wait for each other
-        torch.set_num_threads(1)
     train, held_out = load_problems(cfg)
     sha1 = hashlib.sha1(repr([p[:2] for p in train + held_out]).encode()).hexdigest()
     if path and stored["problems_sha1"] != sha1:
