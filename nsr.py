@@ -62,7 +62,7 @@ import regex as re
 import tokenizers
 import torch
 import transformers
-from transformers import (AutoModelForCausalLM, AutoModelForTokenClassification,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
                           AutoTokenizer)
 
 from kernels.linear_logprob import linear_logprobs
@@ -127,6 +127,7 @@ class Config:
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
     optimizer_state: str = flag("float32", "AdamW's two numbers a weight: bf16 halves their memory "
                                 "for some noise, cpu moves them over at every update", STATES)
+    memory: bool = flag(False, "say what memory the run will need, by part, and stop")
     profile: bool = flag(False, "trace the second step: trace.json, and its costliest operations")
     device: str = flag("", "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu")
 
@@ -1163,24 +1164,26 @@ def countdown_base():
     steps that it stays imperfect and diverse: what a base model is to reinforcement learning.
     """
     made_by = (countdown_problems, countdown_example, random_expression, shuffled_problems,
-               load_problems, countdown_tokenizer, countdown_base, warm_up)
+               load_problems, countdown_tokenizer, countdown_config, countdown_base, warm_up)
     key = repr((WARM_UP, torch.__version__, transformers.__version__,
                 *map(inspect.getsource, made_by)))
     path = Path("out", f"base-{hashlib.sha1(key.encode()).hexdigest()[:10]}")
     if not path.exists():
         tokenizer = countdown_tokenizer()
-        config = transformers.Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
-            tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id)
         torch.manual_seed(WARM_UP["seed"])
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(countdown_config())
         warm_up(model, tokenizer, **WARM_UP)
         with whole_directory(path) as unfinished:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
     return path
+
+
+def countdown_config():
+    return transformers.Qwen2Config(
+        vocab_size=19, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0)
 
 
 def countdown_tokenizer():
@@ -1473,6 +1476,8 @@ def collate(responses, device):
 
 @lru_cache(maxsize=2)  # the policy and its reference
 @torch.no_grad()
+@lru_cache(maxsize=2)
+@torch.no_grad()
 def linear_head(model):
     """The model's torch.nn.Linear from last hidden states to logits; None if it does more to them.
 
@@ -1752,6 +1757,51 @@ def table(rows):
 
 # --------------------------------------------------------------------------------------------------
 # checkpoint and log
+
+
+def memory_needs(cfg, device):
+    """{part: bytes} at the fullest moment of a run, from shapes alone: nothing is loaded.
+
+    Responses count with their full length. What a layer keeps for its gradient is counted for a
+    decoder with gated MLP: its inputs, norms, queries, keys, values and the MLP's four tensors.
+    """
+    try:
+        config = countdown_config() if cfg.model == "countdown" else AutoConfig.from_pretrained(
+            next(path for path in (Path(cfg.model, "checkpoint"), cfg.model)
+                 if path == cfg.model or path.is_dir()))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as e:  # as in load_model
+        raise UserError(f"cannot tell the shape of {cfg.model} ({first_line(e)})") from e
+    on_cpu, n = device.type == "cpu", sum(p.numel() for p in model.parameters())
+    layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * (
+        getattr(config, "head_dim", None) or width // config.num_attention_heads)
+    size = 2 if cfg.bf16 else 4
+    models = 1 + bool(cfg.kl_coef) + (cfg.method == "ppo")
+    trained = 1 + (cfg.method == "ppo")
+    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+    cached = min(cfg.rollout_tokens, cfg.prompts * cfg.group_size // WORLD_SIZE * longest * 9 // 8)
+    layer = 8 * width + 3 * kv + 4 * inner  # numbers a token
+    kept = layers * width + layer if cfg.gradient_checkpointing else layers * layer
+    micro = min(max(cfg.micro_tokens, longest), cfg.prompts * cfg.group_size * longest)
+    parts = {"weights": 4 * n * models + 2 * n * cfg.bf16,
+             "optimizer": {"float32": 8, "bf16": 4, "cpu": 8 * on_cpu}[cfg.optimizer_state] * n * trained}
+    rollout = {"KV cache": cached * 2 * layers * kv * size,
+               "weights in the order of the CPU": on_cpu * 4 * sum(
+                   m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear
+                   and m.weight.numel() > 2**16)}
+    update = {"gradient": 4 * n, "activations": micro * kept * size,
+              "chunk of logits": min(2**27 * (1 if on_cpu else 2), micro * config.vocab_size * size)}
+    parts |= max(rollout, update, key=lambda part: sum(part.values()))
+    return parts | {"torch and this program": resident_memory()} if on_cpu else parts
+
+
+def resident_memory():
+    """Bytes of memory that this process holds now; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
 
 
 @dataclass
@@ -2418,6 +2468,12 @@ def main():
         if WORLD_SIZE > 1:
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if given.get("memory"):
+            cfg = resolve(given)
+            needs = memory_needs(cfg, pick_device(cfg.device))
+            print(*(f"{part:32}{need / 2**30:8.2f} GiB" for part, need in (
+                *needs.items(), ("together", sum(needs.values())))), sep="\n")
+            return 0
         run = open_run(given)
         cfg, size = run.cfg, sum(p.numel() for p in run.model.parameters())
         live(f"{cfg.method}, {cfg.steps} steps of {cfg.prompts} x {cfg.group_size} responses: "
