@@ -1773,11 +1773,12 @@ def memory_needs(cfg, device):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as e:  # as in load_model
         raise UserError(f"cannot tell the shape of {cfg.model} ({first_line(e)})") from e
+    bf16 = cfg.bf16 and device.type != "cpu"
     on_cpu, n = device.type == "cpu", sum(p.numel() for p in model.parameters())
     layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * (
         getattr(config, "head_dim", None) or width // config.num_attention_heads)
-    size = 2 if cfg.bf16 else 4
+    size = 2 if bf16 else 4
     models = 1 + bool(cfg.kl_coef) + (cfg.method == "ppo")
     trained = 1 + (cfg.method == "ppo")
     longest = cfg.max_prompt_tokens + cfg.max_new_tokens
@@ -1785,8 +1786,8 @@ def memory_needs(cfg, device):
     layer = 8 * width + 3 * kv + 4 * inner  # numbers a token
     kept = layers * width + layer if cfg.gradient_checkpointing else layers * layer
     micro = min(max(cfg.micro_tokens, longest), cfg.prompts * cfg.group_size * longest)
-    parts = {"weights": 4 * n * models + 2 * n * cfg.bf16,
-             "optimizer": {"float32": 8, "bf16": 4, "cpu": 8 * on_cpu}[cfg.optimizer_state] * n * trained}
+    parts = {"weights": 4 * n * models + 2 * n * bf16, "optimizer": n * trained * {
+        "float32": 8, "bf16": 4, "cpu": 8 * on_cpu}[cfg.optimizer_state]}
     rollout = {"KV cache": cached * 2 * layers * kv * size,
                "weights in the order of the CPU": on_cpu * 4 * sum(
                    m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear
@@ -1794,7 +1795,9 @@ def memory_needs(cfg, device):
     update = {"gradient": 4 * n, "activations": micro * kept * size,
               "chunk of logits": min(2**27 * (1 if on_cpu else 2), micro * config.vocab_size * size)}
     parts |= max(rollout, update, key=lambda part: sum(part.values()))
-    return parts | {"torch and this program": resident_memory()} if on_cpu else parts
+    # by measurement: a quarter more for temporaries and what the allocator cannot use again
+    parts["temporaries"] = sum(parts.values()) // 4
+    return parts | {"torch and this program": resident_memory() + 2**27} if on_cpu else parts
 
 
 def resident_memory():

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -1292,6 +1293,22 @@ def test_entropy_is_the_entropy(tokenizer):
         torch.nn.init.zeros_(p)  # every token is as likely as any other
     entropy = nsr.score(model, a_batch(model).responses, nsr.Config())[1]
     close(torch.cat(entropy), torch.full((22,), math.log(len(tokenizer))))
+
+
+def test_memory_is_said_before_anything_is_loaded(cli, base, tmp_path):
+    flags = short(base, steps=3, prompts=16, group_size=8)
+    process = script([*flags, "--memory"], tmp_path)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and not (tmp_path / "out").exists()
+    said = float(re.search(r"together +([\d.]+) GiB", out)[1])
+    process = script(flags, tmp_path)
+    process.communicate(timeout=120)
+    rows = nsr.read_log(tmp_path / "out/a-nsr-1/metrics.jsonl")
+    measured = max(row["time"]["memory_gb"] for row in rows if "time" in row) * 1e9 / 2**30
+    assert 0.8 < said / measured < 1.2
+    cfg = nsr.Config(model=str(base))
+    half = nsr.memory_needs(dataclasses.replace(cfg, rollout_tokens=1), torch.device("cpu"))
+    assert half["gradient"] * 2 == half["optimizer"] and half["weights"] == half["gradient"]
 
 
 def test_profile_prints_the_costliest_operations(cli, base):
