@@ -1296,7 +1296,7 @@ def test_entropy_is_the_entropy(tokenizer):
 
 
 def test_memory_is_said_before_anything_is_loaded(cli, base, tmp_path):
-    flags = short(base, steps=3, prompts=16, group_size=8)
+    flags = short(base, steps=3, prompts=16, group_size=8, max_prompt_tokens=20)
     process = script([*flags, "--memory"], tmp_path)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and not (tmp_path / "out").exists()
