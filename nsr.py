@@ -1093,8 +1093,8 @@ def load_model(name, device, kind=AutoModelForCausalLM, **options):
     except Exception as e:  # files, formats and hub have no common error; all mean: no model
         raise UserError(f"cannot load the model {name} ({first_line(e)}); give a model directory, "
                         "or a hub name and the network that it takes") from e
-    if model.num_parameters() < 1e6:  # so small that more threads only wait for each other
-        torch.set_num_threads(1)
+    if model.num_parameters() < 1e6:
+        torch.set_num_threads(1)  # as in countdown_base()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -1168,6 +1168,7 @@ def countdown_base():
     key = repr((WARM_UP, torch.__version__, transformers.__version__,
                 *map(inspect.getsource, made_by)))
     path = Path("out", f"base-{hashlib.sha1(key.encode()).hexdigest()[:10]}")
+    torch.set_num_threads(1)  # so small a model that more would only wait for each other
     if not path.exists():
         tokenizer = countdown_tokenizer()
         torch.manual_seed(WARM_UP["seed"])
