@@ -357,6 +357,11 @@ f(2)<f(1)<f(4)  ==  f(4)>f(1)>f(2)  !=  f(1)<f(2)<f(4)  f(2)<f(1)
 7  ==  \text{seven}  \{7\}  \boldsymbol{7}  \emph{7}  7\\  \underline{7}  !=  [7]  (7,7)  7 \ne 8
 \text{A5}_{11}  ==  A5_{11}  \mathrm{A5}_{11}  A5₁₁  !=  A5_{12}  A6_{11}  5_{11}
 2516_8  ==  2516_{8}  2516_{\text{eight}}  2516 \text{ (base 8)}  2516 \text{ base eight}  !=  2516_9
+[2,\infty)  ==  x\ge 2  !=  x^2 \ge 2  |x| \ge 2  x^3 \ge 2  2^x \ge 3  \sqrt{x} \ge 1.2
+3, 11, 33  ==  33, 3 \text{ and } 11  !=  x>100, 5  x>50, x<40  x>3, 11, 33
+x \ne 3  ==  3 \ne x  !=  x \ne 3, 4  x^2 \ne 9  x = 3
+225  ==  15^2  !=  225 = 22_5  225_6
+\{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\}  ==  31,30,29,28,27,26,25,24,23,22,21,20,19,18,17,16,15,14,13,12,11,10,9,8,7,6,5,4,3,2,1,0
 5  ==  10/2  !=  4 \approx 5  5 = 6  5:1  5 \text{ thousand}  5 \text{ squared}  5!  5 \text{ or } x  5 \pm 0"""
 PAIRS = [(gold, answer, k == 0) for row in TABLE.strip().splitlines()
          for gold, rest in [row.split("  ==  ")]
@@ -375,7 +380,9 @@ HOSTILE = [
     "x<" * 200 + "1", r"[0,1)\cup" * 50 + "[0,1)", "7^{77}^{77}", r"\sqrt[0]{5}", "i^{i^i}",
     "i^{10^{50}}", "x^{10^{9}}", r"\arcsin 2", r"\log_{1}{5}", "=" * 499, r"\overline{" * 50,
     '"' * 499,
-    "7^{-5000}+3^{-5000}+" * 24 + "1", r"\max 3", r"\sin(1,2)", "1/2!", r"\binom{\frac12}{x}"]
+    r"\{x \in \mathbb{R}\le x < 2\}", r"4\pi \approx 12.56e", r"2+\sqrt{5} \approx 4.<2361",
+    r"\mathbb{R}\in\mathbb{R}\in 5", "x" + "_{a}__" * 80, r"\sqrt{9}!", r"\binom{\sqrt{16}}{2}",
+    r"\text{" + "a_b" * 99 + "}", "7^{-5000}+3^{-5000}+" * 24 + "1", r"\max 3", r"\sin(1,2)", "1/2!", r"\binom{\frac12}{x}"]
 
 
 def boxed(answer):
@@ -411,14 +418,16 @@ def test_verify_survives_hostile_text(text):
 @pytest.mark.parametrize("response, verdict", [
     ("{" * 1_000_000, False), ("}" * 1_000_000, False), (r"\boxed{" * 20_000, False),
     (r"\boxed{5}" * 20_000, True), ("{}" * 500_000 + r"\boxed{5}", True), (r"\boxed " * 999, False),
-    ("x" * 5_000_000 + r"\boxed{5}", True), (r"\boxed{5}" + "{" * 999, True)], ids=range(8))
+    ("x" * 5_000_000 + r"\boxed{5}", True), (r"\boxed{5}" + "{" * 999, True),
+    (r"\boxed{5}" + " x" * 500_000, True), (r"\boxed{6} \fbox{5}" + "}" * 1_000_000, True)],
+    ids=range(10))
 def test_verify_survives_long_responses(response, verdict):
     assert nsr.verify(response, "5") is verdict
 
 
 def test_verify_takes_numbers_as_gold():
     assert nsr.verify(boxed("5"), 5) and nsr.verify(boxed("5"), 5.0)
-    assert not nsr.verify(boxed("5"), 6)
+    assert not nsr.verify(boxed("5"), 6) and not nsr.verify(boxed("5"), 10**5000)
 
 
 @pytest.mark.parametrize("gold", [None, [], b"5"])
