@@ -386,7 +386,7 @@ def extract_answer(response):
 
 # ---- rewrite: one spelling for what is written in many ways
 
-_UNICODE = [  # x²; and as NFKC turns ½ into 1⁄2, the slash of other fractions goes first
+_UNICODE = [  # before NFKC makes 2 of ², and 1⁄2 of ½, whose slash must be the only one
     ("[º˚∘]", "°"), ("ℝ", r"\\R "), ("[⁰¹²³⁴-⁹⁻⁺]+", r"^{\g<0>}"), ("[₀-₉]+", r"_{\g<0>}"),
     ("⁄", "/"), ("[¼-¾⅐-⅞]", r"\\frac{\g<0>}"),
     ("[Α-ω]", lambda m: rf"\{unicodedata.name(m[0], 'x').split()[-1].lower()} ")]
@@ -398,34 +398,35 @@ _REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in [
     (r"\\(?:left|right|middle|[bB]igg?[lr]?)(?![A-Za-z])", ""),
     (r"\\begin\s*\{[vV]\w+\*?\}", "|⟦"), (r"\\end\s*\{[vV]\w+\*?\}", "⟧|"),
     (r"\\begin\s*\{\w+\*?\}(?:\s*\{[clr|\s]*\}|\[[clr]\])?", "⟦"), (r"\\end\s*\{\w+\*?\}", "⟧"),
-    (r"⏎\s*⟧", "⟧"), (r"\[\s*(⟦[^⟦⟧]*⟧)\s*\]", r"\1"), (r"&(?!.*⟧)", ""),
+    (r"⏎\s*⟧", "⟧"), (r"\[\s*(⟦[^⟦⟧]*⟧)\s*\]", r"\1"), (r"&(?!.*⟧)", " "),
     # sets
     (r"(?i:no\s+(?:real\s+)?solutions?|empty\s+set)", "∅"),
     (r"\\(?:mathbb|Bbb)\s*(?:\{R\}|R\b)|\\R\b"
      r"|\b(?i:(?:(?:all|the)\s+)*+reals?(?:\s+numbers?)?)\b", "ℝ"),
     (r"\\\{\s*[A-Za-z]\s*(?:\\in\s*ℝ\s*)?(?:\\mid|\\vert|\\colon|[|:])", "⦃"),  # {x | x > 2}
     (r"(?<=[)\]}]\s*)U(?=\s*[(\[\\])", "∪"),
-    # spaces, in numbers too: 1 000, 1{,}000, 1,\!000, and out of brackets 1,000
+    # spaces, and those in numbers: 1 000, 1{,}000, 1,\!000, and 1,000 if in no brackets
     (r"\\\s", " "), (r"\\(?:[hv]space|(?:text)?color)\*?\s*\{\w*\}|m\s*\\angle", ""),
     (rf"(?<=\d){_GAP}(?:\{{\s*\\?,\s*\}}|\\text\{{,\}}|,(?=\s*\\!))?{_GAP}(?=\d{{3}}(?![\d/]))",
      ""),
     (r"(?<=(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})*),(?=\d{3}(?:,\d{3})*(?![\d,]))(?<![(\[⦃].*|\\\{.*)",
      ""),
-    # words: "cm" in quotes, as it stood in \text{cm}
+    # words: \text{cm} becomes "cm" in quotes, and so do units that stand bare
     (r"(?<=(?<!\w)[\d.]+\s*)(?:\"|'+)", r"\\text{in}"), ('"', ""),
     (r"\\(?:text\w*|[mh]box|mathrm|operatorname)\s*\{((?:[^{}]|\^\{\d\})*)\}",
      lambda m: m[1] if re.search("[+=^]", m[1]) else _WORD.sub(r'"\g<0>"', m[1])),
-    ('"([ie])"', r"\1"), (r"\{\s*\}", ""), (r'"?\b([apAP])"?\.\s?"?[mM]\b"?\.?', r'"\1m"'),  # a.m.
+    ('"([ie])"', r"\1"), (r"\{\s*\}", ""),
+    (r'"?\b([apAP])"?\.\s?"?[mM]\b"?\.?', r'"\1m"'),  # a.m.
     (r'(?<![\\A-Za-z"])(?:[ckm]m|[km]g|ml|ft|lb|in|hr|mi|oz|yd|sq|no|[ap]m|[AP]M)(?![A-Za-z"])',
      r'"\g<0>"'),
     (r'^\s*(?:"[A-Za-z]+"\s*+|[A-Z]?[a-z]{2,}+\s*+)++:', ""),  # Vertex: (1, 2)
     (r'\\[dt]?frac\s*\{\s*("\w+")\s*\}\s*\{\s*("\w+")\s*\}', r"\1/\2"),  # \frac{m}{s}
     (r'(?<=")\s*/\s*"?([a-z]+)\b"?', r'"\1"'),  # km/h
-    (r'("[a-z]+")[\s$.]*\^\s*\{?2\}?', r'\1"square"'),
+    (r'("[a-z]+")[\s$.]*\^\s*\{?2\}?', r'\1"square"'),  # cm^2
     (r'("[a-z]+")[\s$.]*\^\s*\{?3\}?', r'\1"cubic"'),
     # numbers
     (r'(?<=\d)\s*+\^?\s*+(\{)?\s*+"?(?:st|nd|rd|th)\b"?\s*(?(1)\})', ""),  # 11^{th}
-    (r'(?:\^\s*+(\{)?\s*+(?:\\circ|°|"?o\b"?)\s*(?(1)\})|\\circ|°)(?:\s*[CF]\b)?', "°"),
+    (r'(?:\^\s*+(\{)?\s*+(?:\\circ|°|"?o\b"?)\s*(?(1)\})|\\circ|°)(?:\s*[CF]\b)?', "°"),  # 90^\circ
     (r"(\d*\.(\d*))\\(?:overline|bar|dot)\s*\{?(\d+)\}?",  # 0.1\overline{6} is 0.1 + 6/90
      lambda m: f"(0{m[1]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"),
     (rf"(?<![\d.^_]\s*)(?P<n>\d+)(?:{_GAP}(\{{)?\\[dtc]?frac\s*"
@@ -510,7 +511,7 @@ def _read(text):
         text = pattern.sub(new, text)
     tokens = [*_tokens(text)]
     if _TRIGONOMETRIC.isdisjoint(tokens):
-        tokens = [t for t in tokens if t != "°"]
+        tokens = [("word", "degrees") if t == "°" else t for t in tokens]
     number = _NUMERALS.get(tokens[0][-1]) if len(tokens) == 1 else None
     return tuple(tokens) if number is None else (("num", number),)
 
@@ -572,6 +573,7 @@ def _factor(items):
 
 
 def _atom(items):
+    """Take what a factor's powers and signs apply to off a stack."""
     head = items.pop()
     if head in ("frac", "binom"):
         return "/" if head == "frac" else head, _atom(items), _atom(items)
@@ -582,8 +584,8 @@ def _atom(items):
         return _function(head, items)
     if head[0] == "word":
         words = [head[1]]
-        while items[-1][0] == "word":
-            words.append(items.pop()[1])
+        while items[-1][0] in ("word", "num"):
+            words.append(str(items.pop()[1]))
         return "sym", " ".join(words)
     return head[1] if head[0] in ("()", "{}") and len(head) == 2 else head
 
@@ -631,7 +633,7 @@ def _parse(tokens):
         many = plus[0][0] in ",⦃"
         pairs = zip(plus[1:], minus[1:]) if many else [(plus, minus)]
         return (plus[0] if many else ",", *dict.fromkeys(itertools.chain(*pairs)))
-    stack = [["$"]]
+    stack = [["$"]]  # of what the brackets hold that are open
     try:
         for t in tokens:
             last = stack[-1][-1]
@@ -716,7 +718,7 @@ def _value(tree, at=None):
 
 
 def _residue(tree):
-    """Value of a tree, of however many digits, modulo a prime."""
+    """Value modulo a prime of a tree without symbols, for numbers of too many digits."""
     prime, (what, *parts) = 2 ** 127 - 1, tree
     if what == "^":
         return pow(_residue(parts[0]), operator.index(_value(parts[1])), prime)
