@@ -545,13 +545,13 @@ def _chain(items):
             if {*ops} <= {*">≥"}:  # b > a is a < b
                 ops, parts = ops[::-1].translate(_FLIP), parts[::-1]
             return (ops, *parts)
+    for before, last, t in zip(["", *items], items, items[1:]):
+        if last[0] == t[0] == "num" and before not in ("^", "_", "frac", "binom"):
+            raise ValueError("5 7")
     items = ["$", *items[::-1]]  # a stack
     ops, parts = "", [_factor(items)]
     while items[-1] != "$":
-        op = items.pop() if items[-1] in ("*", "/") else ""
-        if not op and items[-1][0] == parts[-1][0] == "num":
-            raise ValueError("5 7")
-        ops += op or "*"
+        ops += items.pop() if items[-1] in ("*", "/") else "*"
         parts.append(_factor(items))
     return (ops, *parts) if ops else parts[0]
 
@@ -569,6 +569,8 @@ def _factor(items):
         tree = items.pop(), tree, _factor(items)
     while items[-1][0] == "word":
         items.pop()
+        if items[-1][0] == "num":
+            raise ValueError("5 cm 7")
     return tree
 
 

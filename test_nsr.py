@@ -357,21 +357,19 @@ f(2)<f(1)<f(4)  ==  f(4)>f(1)>f(2)  !=  f(1)<f(2)<f(4)  f(2)<f(1)
 7  ==  \text{seven}  \{7\}  \boldsymbol{7}  \emph{7}  7\\  \underline{7}  !=  [7]  (7,7)  7 \ne 8
 \text{A5}_{11}  ==  A5_{11}  \mathrm{A5}_{11}  A5₁₁  !=  A5_{12}  A6_{11}  5_{11}
 2516_8  ==  2516_{8}  2516_{\text{eight}}  2516 \text{ (base 8)}  2516 \text{ base eight}  !=  2516_9
-[2,\infty)  ==  x\ge 2  !=  x^2 \ge 2  |x| \ge 2  x^3 \ge 2  2^x \ge 3  \sqrt{x} \ge 1.2
-3, 11, 33  ==  33, 3 \text{ and } 11  !=  x>100, 5  x>50, x<40  x>3, 11, 33
-x \ne 3  ==  3 \ne x  !=  x \ne 3, 4  x^2 \ne 9  x = 3
-225  ==  15^2  !=  225 = 22_5  225_6
 \{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\}  ==  31,30,29,28,27,26,25,24,23,22,21,20,19,18,17,16,15,14,13,12,11,10,9,8,7,6,5,4,3,2,1,0
 5  ==  10/2  !=  4 \approx 5  5 = 6  5:1  5 \text{ thousand}  5 \text{ squared}  5!  5 \text{ or } x  5 \pm 0
 5\text{ squared}  ==  5 squared  !=  5\text{ cubed}  5  25  5\text{ minus}
 5  ==  five  5th  !=  5\text{ is wrong}  \text{not }5  5...  5+\infty-\infty  5 \in x \in y  \max 5
 4\pi  ==  4\pi \approx 12.57  !=  4\pi \approx 12.56e  4\pi \approx 14  4\pi ≈ \pi
 \infty  ==  +\infty  \text{infinity}  !=  -\infty  10^{40}  \infty+1  2\infty
-225  ==  15^2  !=  225 = 22_5  15^2 = 22_5
-3,11,33  ==  33,11,3  !=  x>3,11,33  x>50,x<40  x=3,x>11
+225  ==  15^2  !=  225 = 22_5  15^2 = 22_5  225_6
+3,11,33  ==  33, 3 \text{ and } 11  !=  x>3,11,33  x>100,5  x>50,x<40  x=3,x>11
 (-3,3)  ==  |x|<3  x^2<9  x>-3,x<3  !=  x^2<3  x^4<80  x^2<9,x>-1  x<3
-[2,\infty)  ==  x \ge 2  2x \ge 4  !=  x^2 \ge 4  |x| \ge 2  x^3 \ge 2  x^2 \ge 2
-x \ne 3  ==  3 \ne x  !=  x^2 \ne 9  x \ne 3,4
+[2,\infty)  ==  x \ge 2  2x \ge 4  !=  x^2 \ge 4  |x| \ge 2  x^3 \ge 2  2^x \ge 3  \sqrt{x} \ge 1.2
+x \ne 3  ==  3 \ne x  !=  x^2 \ne 9  x \ne 3,4  x = 3
+2^6 \cdot 3^5  ==  2^6 3^5  !=  2^6 + 3^5  2 6 3 5
+-7  ==  -\;7  !=  -1 7  -1\text{ cm }7  -7 7  -7 1
 1\frac{2}{25}  ==  1\text{ }\frac{2}{25}  1{\frac{2}{25}}  \frac{27}{25}  !=  \frac{2}{25}  1\cdot\frac{2}{25}"""
 PAIRS = [(gold, answer, k == 0) for row in TABLE.strip().splitlines()
          for gold, rest in [row.split("  ==  ")]
@@ -393,9 +391,10 @@ HOSTILE = [
     r"\{x \in \mathbb{R}\le x < 2\}", r"4\pi \approx 12.56e", r"2+\sqrt{5} \approx 4.<2361",
     r"\mathbb{R}\in\mathbb{R}\in 5", "x" + "_{a}__" * 80, r"\sqrt{9}!", r"\binom{\sqrt{16}}{2}",
     "1" + " " * 480 + "x", "1" + " " * 480 + "base", "a1A1" * 90 + "(" * 99, "±" * 250 + "5",
-    r"4\pi \approx 12.56e", r"\frac{325}{4}≈\pi", r"\angle(\pm\}.", r"2+\sqrt{5}≈≈x",
+    r"\frac{325}{4}≈\pi", r"\angle(\pm\}.", r"2+\sqrt{5}≈≈x",
     ",".join(f"{2999 - k}!" for k in range(60)),
-    r"\text{" + "a_b" * 99 + "}", "7^{-5000}+3^{-5000}+" * 24 + "1", r"\max 3", r"\sin(1,2)", "1/2!", r"\binom{\frac12}{x}"]
+    r"\text{" + "a_b" * 99 + "}", "7^{-5000}+3^{-5000}+" * 24 + "1", r"\max 3", r"\sin(1,2)", "1/2!",
+    r"\binom{\frac12}{x}"]
 
 
 def boxed(answer):
