@@ -53,7 +53,7 @@ import unicodedata
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
