@@ -15,11 +15,10 @@ give to a response:
     grpo         (r - mean) / (std + eps) in the prompt's group, KL to the base  arXiv:2402.03300
     ppo          reward to come - value, by a learned critic, KL in the reward   arXiv:1707.06347
 
-The file reads from top to bottom: config, data, verification, ranks, model,
-rollout, schedules, loss, evaluation, checkpoint and log, train, main. Log-probabilities, entropies and
-confidences come straight from the hidden states through kernels/linear_logprob.py. Left out, so
-that it can be read in one sitting: models larger than a GPU, inference servers, learned rewards,
-tools.
+The file reads from top to bottom: config, data, verification, ranks, model, rollout, schedules,
+loss, evaluation, checkpoint and log, train, main. Log-probabilities, entropies and confidences
+come straight from the hidden states through kernels/linear_logprob.py. Left out, so that it can be
+read in one sitting: models larger than a GPU, inference servers, learned rewards, tools.
 
     python nsr.py                                # the embedded task: no GPU, no network, no data
     python nsr.py --method psr --seed 1          # another method
@@ -134,8 +133,8 @@ class Config:
 
 QWEN_MATH = dict(
     model="Qwen/Qwen2.5-Math-1.5B", data="math-train", eval_data="math500", steps=100, lr=1e-6,
-    prompts=128, updates=4, max_new_tokens=2048, eval_samples=4, save_every=5, bf16=True, critic_lr=1e-5,
-    rollout_tokens=2**18, micro_tokens=2**14, gradient_checkpointing=True)
+    prompts=128, updates=4, max_new_tokens=2048, eval_samples=4, save_every=5, bf16=True,
+    critic_lr=1e-5, rollout_tokens=2**18, micro_tokens=2**14, gradient_checkpointing=True)
 PRESETS = {
     "countdown": {},
     "qwen-math": QWEN_MATH,  # the paper's settings at 1/8 of its batch and 2/3 of its length
@@ -1570,8 +1569,8 @@ def policy_loss(logp, old_logp, adv, loss_mask, denom, clip=0.2):
     """Clipped policy-gradient loss: -sum over tokens of min(rho A, clip(rho) A), over denom.
 
     logp, old_logp: (B, R) float32, of the sampled tokens at the sampling temperature; adv: (B,),
-    or (B, R) in ppo; loss_mask: (B, R) bool. denom: response tokens of the whole mini-batch, those with A = 0 too,
-    so that its parts add up however it is cut, and w-reinforce is lam psr + nsr.
+    or (B, R) in ppo; loss_mask: (B, R) bool. denom: response tokens of the whole mini-batch, those
+    with A = 0 too, so that its parts add up however it is cut, and w-reinforce is lam psr + nsr.
     arXiv:1707.06347 Eq. 7 per token, with the advantages of arXiv:2506.01347.
     """
     rho, adv = (logp - old_logp).exp(), adv.view(len(adv), -1)
@@ -1746,7 +1745,7 @@ def memory_needs(cfg, device):
                    m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear
                    and m.weight.numel() > 2**16)}
     update = {"gradient": 4 * n, "activations": micro * kept * size,
-              "chunk of logits": min(2**27 * (1 if on_cpu else 2), micro * config.vocab_size * size)}
+              "chunk of logits": min(2 ** (27 if on_cpu else 28), micro * config.vocab_size * size)}
     parts |= max(rollout, update, key=lambda part: sum(part.values()))
     # by measurement: a quarter more for temporaries and what the allocator cannot use again
     parts["temporaries"] = sum(parts.values()) // 4
@@ -2036,23 +2035,27 @@ def collect(run):
         batch.adv = advantages(cfg.method, groups, confidence.view_as(groups), lam, beta).flatten()
     clock.append(time.time())
     metrics, samples = measure(run, batch, asked, texts, correct, entropy, confidence)
-    return batch, metrics | {"lam": lam, "beta": beta, "time": {
-        name: b - a for name, a, b in zip(("rollout", "verify", "score"), clock, clock[1:])}}, samples
+    metrics |= {"lam": lam, "beta": beta, "time": {
+        name: b - a for name, a, b in zip(("rollout", "verify", "score"), clock, clock[1:])}}
+    return batch, metrics, samples
 
 
 def measure(run, batch, asked, texts, correct, entropy, confidence):
     """(metrics, a correct and an incorrect sample) of a step, over the responses of all ranks."""
-    answers = [extract_answer(text) for text in texts]
-    gap = [(old.cpu() - torch.tensor(r.logp)).abs().sum()
-           for old, r in zip(batch.old_logp, batch.responses)]
-    adv = batch.adv.view(len(texts), -1).mean(1)
-    rows = gather([{
-        "correct": bool(ok), "boxed": answer is not None, "truncated": not r.stopped,
-        "unparsed": answer is not None and problem.verify is verify and parse_answer(answer) is None,
-        "tokens": len(r.ids), "entropy": float(h.sum()), "confidence": float(c), "adv": float(a),
-        "gap": float(g), "question": problem.question, "answer": problem.answer, "response": text}
-        for ok, answer, r, problem, h, c, a, g, text in zip(
-            correct, answers, batch.responses, asked, entropy, confidence, adv, gap, texts)])
+    rows = []
+    for ok, text, r, problem, h, c, a, old in zip(
+            correct, texts, batch.responses, asked, entropy, confidence,
+            batch.adv.view(len(texts), -1), batch.old_logp):
+        answer = extract_answer(text)
+        rows.append({
+            "correct": bool(ok), "boxed": answer is not None, "truncated": not r.stopped,
+            "unparsed": (answer is not None and problem.verify is verify
+                         and parse_answer(answer) is None),
+            "tokens": len(r.ids), "entropy": float(h.sum()), "confidence": float(c),
+            "adv": float(a[: len(r.ids)].mean()),
+            "gap": float((old.cpu() - torch.tensor(r.logp)).abs().sum()),
+            "question": problem.question, "answer": problem.answer, "response": text})
+    rows = gather(rows)
     of = {ok: [row for row in rows if row["correct"] is ok] for ok in (True, False)}
 
     def average(key, rows=rows, over=len):
@@ -2063,8 +2066,9 @@ def measure(run, batch, asked, texts, correct, entropy, confidence):
 
     logp = {ok: sum(math.log(max(row["confidence"], 1e-30)) for row in of[ok]) / len(of[ok])
             if of[ok] else None for ok in of}
-    samples = [{"step": run.step + 1} | {key: row[key] for key in (
-        "correct", "question", "answer", "response", "confidence")} for ok in of for row in of[ok][:1]]
+    kept = "correct", "question", "answer", "response", "confidence"
+    samples = [{"step": run.step + 1} | {key: row[key] for key in kept}
+               for ok in of for row in of[ok][:1]]
     return {"step": run.step + 1, "steps": run.cfg.steps, "correct": average("correct"),
             "boxed": average("boxed"), "unparsed": average("unparsed", over=lambda rows: max(1, sum(
                 row["boxed"] for row in rows))), "truncated": average("truncated"),
@@ -2354,7 +2358,8 @@ def open_run(given):
     reference = load_model(cfg.model, device)[0].requires_grad_(False) if cfg.kl_coef else None
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    optimizer, critic, critic_optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr), None, None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
+    critic = critic_optimizer = None
     if cfg.method == "ppo":  # the model's own layers, with a new head of one number a token
         torch.manual_seed(cfg.seed)
         critic = load_model(cfg.model, device, AutoModelForTokenClassification, num_labels=1)[0]
