@@ -179,7 +179,7 @@ def report(found, args):
             labels += [f"{label} - {labels[0]}" for label in labels[1:]]
             values = np.concatenate([values, values[1:] - values[0]])
             means = np.concatenate([means, means[:, 1:] - means[:, :1]], axis=1)
-        numbers = np.array([values, *np.percentile(means, [2.5, 97.5], axis=0)])
+        numbers = np.array([values, *np.nanpercentile(means, [2.5, 97.5], axis=0)])
         records += [(data, label, *row) for g, label in enumerate(labels)
                     for row in zip(columns, *numbers[:, g])]
         page += (f"{data}, {len(ids)} problems, {' or '.join(about)}; below each its 95% interval, "
@@ -239,7 +239,7 @@ def main():
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here")
         status = 130
-    files = done or [path for path in started if path.stat().st_size]
+    files = done or [path for path in started if path.exists() and path.stat().st_size]
     report([load(path, args.rescore, args.k)
             for path in files or map(Path, args.rescore or ())], args)
     return status

@@ -65,7 +65,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenCla
                           AutoTokenizer)
 
 from kernels.linear_logprob import linear_logprobs
-from kernels.logprob import TokenStats, token_stats_from_logits
+from kernels.logprob import token_stats_from_logits
 
 # --------------------------------------------------------------------------------------------------
 # config
@@ -73,7 +73,7 @@ from kernels.logprob import TokenStats, token_stats_from_logits
 METHODS = ("reinforce", "psr", "nsr", "w-reinforce", "a-nsr", "cw-nsr", "acw-nsr", "grpo", "ppo")
 SCHEDULES = ("exponential", "cosine", "accuracy")
 STATES = ("float32", "bf16", "cpu")
-RANK, WORLD_SIZE = (int(os.environ.get(*name)) for name in (("RANK", 0), ("WORLD_SIZE", 1)))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def flag(default, help, choices=None, above=None):
@@ -1257,9 +1257,13 @@ class Rows(transformers.Cache):
         super().__init__(layers=[])
         self.n, self.first, self.column = 0, column, column
         # zeros: what is masked must be finite, as 0 x NaN is NaN
-        self.kv = [x.new_zeros(size, x.shape[1], columns, x.shape[3]) for x in kv]
-        self.u = kv[0].new_zeros(size, max_new_tokens + 1, dtype=torch.float64)  # one to spare:
-        self.ids, self.logp = self.u.long(), self.u.float()  # an ended row runs on for a while
+        kind, dtype = kv[0].device.type, kv[0].dtype
+        if torch.is_autocast_enabled(kind):  # attention reads them in it; keys come in float32
+            dtype = torch.get_autocast_dtype(kind)
+        self.kv = [x.new_zeros(size, x.shape[1], columns, x.shape[3], dtype=dtype) for x in kv]
+        # one column to spare: an ended row runs on for a while
+        self.u = kv[0].new_zeros(size, max_new_tokens + 1, dtype=torch.float64)
+        self.ids, self.logp = self.u.long(), self.u.float()
         self.t, self.begin = torch.zeros_like(self.ids[:, :2]).unbind(1)
         self.going = self.t.bool()
 
@@ -1284,6 +1288,28 @@ class Rows(transformers.Cache):
         self.u[new], self.t[new], self.going[new] = torch.from_numpy(u).to(self.u), 0, True
         self.begin[new] = self.column - torch.tensor(lengths).to(self.begin)
         self.n, self.first = new.stop, min(self.first, self.column - width)
+
+    def draw(self, logits, stops, max_new_tokens, temperature, top_p):
+        """A token more for every row. logits: (n, V)."""
+        row, t = torch.arange(self.n, device=stops.device), self.t[: self.n]
+        going = self.going[: self.n]
+        token, self.logp[row, t] = draw(logits, self.u[row, t], temperature, top_p)
+        self.ids[row, t] = token
+        t += going
+        going &= ~torch.isin(token, stops) & (t < max_new_tokens)
+
+    def forward(self, model, longest, max_new_tokens):
+        """Logits (n, V) of what follows the last token of each row."""
+        if self.column == self.kv[0].shape[2]:
+            self.slide(longest)
+        seen = torch.arange(self.first, self.column + 1, device=model.device)
+        begin = self.begin[: self.n, None]
+        position = (self.column - begin).clamp(max=longest + max_new_tokens - 1)
+        logits = model(self.ids[: self.n].gather(1, self.t[: self.n, None] - 1),
+                       attention_mask=seen >= begin, position_ids=position, cache=self,
+                       use_cache=True).logits[:, -1]
+        self.column += 1
+        return logits
 
     def drop(self, done):
         """Free the rows `done`: the last ones move into their places. Returns [(to, from)]."""
@@ -1310,7 +1336,8 @@ def packed_linears(model, rows):
 
     Worth the copy on a CPU, where a batch of a few dozen rows takes half the time; else [].
     """
-    if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if (model.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+            or not torch.backends.mkldnn.is_available()):
         return []
 
     def packed(module):
@@ -1375,16 +1402,10 @@ def rollout(model, prompts, seeds, max_new_tokens, stop_ids, *, temperature=1.0,
                       [seeds[i][j] for i, j, _ in new])
             live += new
 
-        n = len(live)
-        row, t, going = torch.arange(n, device=model.device), batch.t[:n], batch.going[:n]
-        token, batch.logp[row, t] = draw(logits, batch.u[row, t], temperature, top_p)
-        batch.ids[row, t] = token
-        t += going
-        going &= ~torch.isin(token, stops) & (t < max_new_tokens)
-        tick(n)
-
+        batch.draw(logits, stops, max_new_tokens, temperature, top_p)
+        tick(batch.n)
         step += 1
-        done = (~going).nonzero()[:, 0].tolist() if step % pause == 0 else []
+        done = [] if step % pause else (~batch.going[: batch.n]).nonzero()[:, 0].tolist()
         if done:
             for r, length, ids, logp in zip(done, *(x[done].tolist() for x in (
                     batch.t, batch.ids, batch.logp))):
@@ -1398,17 +1419,9 @@ def rollout(model, prompts, seeds, max_new_tokens, stop_ids, *, temperature=1.0,
                 yield from groups[complete]
                 groups[complete], complete = None, complete + 1
 
-        if n := len(live):
-            if batch.column == columns:
-                batch.slide(longest)
-            seen = torch.arange(batch.first, batch.column + 1, device=model.device)
-            begin = batch.begin[:n, None]
-            position = (batch.column - begin).clamp(max=longest + max_new_tokens - 1)
+        if live:
             with swapped(linears):
-                logits = model(batch.ids[:n].gather(1, batch.t[:n, None] - 1),
-                               attention_mask=seen >= begin, position_ids=position, cache=batch,
-                               use_cache=True).logits[:, -1]
-            batch.column += 1
+                logits = batch.forward(model, longest, max_new_tokens)
 
 
 def collate(responses, device):
@@ -1427,8 +1440,6 @@ def collate(responses, device):
 
 
 @lru_cache(maxsize=2)  # the policy and its reference
-@torch.no_grad()
-@lru_cache(maxsize=2)
 @torch.no_grad()
 def linear_head(model):
     """The model's torch.nn.Linear from last hidden states to logits; None if it does more to them.
@@ -1476,28 +1487,23 @@ def critic_values(critic, responses):
 
 
 @torch.no_grad()
-def score_values(critic, responses, cfg):
-    """The critic's values of the tokens of B responses, without gradient: B tensors (tokens,)."""
-    values = [None] * len(responses)
+def without_gradient(forward, responses, cfg):
+    """Lists of what forward(some responses) gives of each response, (tokens,) or (), in order."""
+    found = [None] * len(responses)
     for rows in micro_batches(responses, range(len(responses)), cfg.micro_tokens):
-        for i, row in zip(rows, critic_values(critic, [responses[i] for i in rows])[0]):
-            values[i] = row[: len(responses[i].ids)]
-    return values
+        for i, *row in zip(rows, *forward([responses[i] for i in rows])):
+            found[i] = [x[: len(responses[i].ids)] if x.dim() else x for x in row]
+    return map(list, zip(*found))
 
 
-@torch.no_grad()
 def score(model, responses, cfg):
     """(log-probs, entropies, confidences) without gradient: lists of B tensors (tokens,), and (B,).
 
     By the training pass, at the sampling temperature.
     """
     model.eval()
-    logp, entropy, confidence = ([None] * len(responses) for _ in range(3))
-    for rows in micro_batches(responses, range(len(responses)), cfg.micro_tokens):
-        stats, _ = token_stats(model, [responses[i] for i in rows], cfg.temperature)
-        for i, *row in zip(rows, *stats):
-            n = len(responses[i].ids)
-            logp[i], entropy[i], confidence[i] = row[0][:n], row[1][:n], row[2]
+    logp, entropy, confidence = without_gradient(
+        lambda some: token_stats(model, some, cfg.temperature)[0], responses, cfg)
     return logp, entropy, torch.stack(confidence)
 
 
@@ -1634,6 +1640,8 @@ def sample_groups(model, tokenizer, problems, prompts, seeds, title, *, chunk=No
     arXiv:2506.01347 released; length is in tokens, finish_reason stop or length (cut), logp the
     mean log-probability of the tokens drawn.
     """
+    if not problems:  # a rank without a share
+        return
     started, tokens, first, n = time.time(), 0, done, len(seeds[0])
 
     def tick(count):
@@ -1725,11 +1733,13 @@ def memory_needs(cfg, device):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as e:  # as in load_model
         raise UserError(f"cannot tell the shape of {cfg.model} ({first_line(e)})") from e
-    bf16 = cfg.bf16 and device.type != "cpu"
+    bf16 = cfg.bf16 and device.type != "cpu"  # as in open_run()
     on_cpu, n = device.type == "cpu", sum(p.numel() for p in model.parameters())
-    layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-    kv = config.num_key_value_heads * (
-        getattr(config, "head_dim", None) or width // config.num_attention_heads)
+    layers, width, heads = (
+        config.num_hidden_layers, config.hidden_size, config.num_attention_heads)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    kv = (getattr(config, "num_key_value_heads", None) or heads) * (
+        getattr(config, "head_dim", None) or width // heads)
     size = 2 if bf16 else 4
     models = 1 + bool(cfg.kl_coef) + (cfg.method == "ppo")
     trained = 1 + (cfg.method == "ppo")
@@ -1867,11 +1877,16 @@ def load_checkpoint(path, device):
     Raises UserError where it is damaged.
     """
     checkpoint, old = path / "checkpoint", path / "checkpoint.old"
-    if old.exists() and not checkpoint.exists():
-        os.rename(old, checkpoint)
-    for rest in (old, *path.glob("checkpoint.*.tmp")):
-        shutil.rmtree(rest, ignore_errors=True)
-    if not checkpoint.exists():
+
+    def recover():
+        """Undo a save that was cut short, and say whether there is a checkpoint."""
+        if old.exists() and not checkpoint.exists():
+            os.rename(old, checkpoint)
+        for rest in (old, *path.glob("checkpoint.*.tmp")):
+            shutil.rmtree(rest, ignore_errors=True)
+        return checkpoint.exists()
+
+    if not on_first_rank(recover):
         return None
     try:
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
@@ -1951,11 +1966,6 @@ def plot(run):
     figure.savefig(run.path / "curves.png")
 
 
-def mean(values):
-    """Mean of a tensor as a float; None if it is empty."""
-    return values.float().mean().item() if values.numel() else None
-
-
 def peak_memory(device):
     """Peak memory in GB: of the GPU if the run is on one, else of this process."""
     if device.type == "cuda":
@@ -2023,11 +2033,11 @@ def collect(run):
     reward = torch.where(correct, 1.0, -1.0).to(confidence)
     batch = Batch(responses, old_logp, ref_logp, None)
     if cfg.method == "ppo":  # PPO: the KL is in the reward of each token, the verdict in the last's
-        rewards = [cfg.kl_coef * (ref - old) for ref, old in zip(ref_logp, old_logp)]
+        rewards = [cfg.kl_coef * (ref - old) for ref, old in zip(ref_logp or old_logp, old_logp)]
         for tokens, verdict in zip(rewards, reward):
             tokens[-1] += verdict
         with autocast(run):
-            batch.values = score_values(run.critic, responses, cfg)
+            batch.values, _ = without_gradient(partial(critic_values, run.critic), responses, cfg)
         adv, batch.returns = zip(*map(gae, rewards, batch.values))
         batch.adv = pad(adv)
     else:
@@ -2042,45 +2052,38 @@ def collect(run):
 
 def measure(run, batch, asked, texts, correct, entropy, confidence):
     """(metrics, a correct and an incorrect sample) of a step, over the responses of all ranks."""
-    rows = []
-    for ok, text, r, problem, h, c, a, old in zip(
-            correct, texts, batch.responses, asked, entropy, confidence,
-            batch.adv.view(len(texts), -1), batch.old_logp):
-        answer = extract_answer(text)
+    adv, rows = batch.adv.view(len(texts), -1), []
+    for i, (r, problem, text) in enumerate(zip(batch.responses, asked, texts)):
+        n, answer = len(r.ids), extract_answer(text)
         rows.append({
-            "correct": bool(ok), "boxed": answer is not None, "truncated": not r.stopped,
+            "responses": 1, "tokens": n, "correct": bool(correct[i]), "boxed": answer is not None,
             "unparsed": (answer is not None and problem.verify is verify
                          and parse_answer(answer) is None),
-            "tokens": len(r.ids), "entropy": float(h.sum()), "confidence": float(c),
-            "adv": float(a[: len(r.ids)].mean()),
-            "gap": float((old.cpu() - torch.tensor(r.logp)).abs().sum()),
-            "question": problem.question, "answer": problem.answer, "response": text})
+            "truncated": not r.stopped, "entropy": float(entropy[i].sum()),
+            "logp": math.log(max(float(confidence[i]), 1e-30)), "adv": float(adv[i, :n].mean()),
+            "gap": float((batch.old_logp[i].cpu() - torch.tensor(r.logp)).abs().sum()),
+            "question": problem.question, "answer": problem.answer, "response": text,
+            "confidence": float(confidence[i])})
     rows = gather(rows)
-    of = {ok: [row for row in rows if row["correct"] is ok] for ok in (True, False)}
+    right, wrong = ([row for row in rows if row["correct"] is ok] for ok in (True, False))
 
-    def average(key, rows=rows, over=len):
-        return sum(row[key] for row in rows) / over(rows) if rows else None
+    def mean(key, rows=rows, over="responses"):
+        total = sum(row[key] for row in rows)
+        return total / max(1, sum(row[over] for row in rows)) if rows else None
 
-    def tokens(rows):
-        return sum(row["tokens"] for row in rows)
-
-    logp = {ok: sum(math.log(max(row["confidence"], 1e-30)) for row in of[ok]) / len(of[ok])
-            if of[ok] else None for ok in of}
-    kept = "correct", "question", "answer", "response", "confidence"
-    samples = [{"step": run.step + 1} | {key: row[key] for key in kept}
-               for ok in of for row in of[ok][:1]]
-    return {"step": run.step + 1, "steps": run.cfg.steps, "correct": average("correct"),
-            "boxed": average("boxed"), "unparsed": average("unparsed", over=lambda rows: max(1, sum(
-                row["boxed"] for row in rows))), "truncated": average("truncated"),
-            "length": average("tokens"), "tokens": tokens(rows),
-            "entropy": average("entropy", over=tokens), "logp_correct": logp[True],
-            "logp_incorrect": logp[False], "adv_incorrect": average("adv", of[False]),
-            "rollout_gap": average("gap", over=tokens)}, samples
+    samples = [{"step": run.step + 1} | {key: row[key] for key in (
+        "correct", "question", "answer", "response", "confidence")}
+        for row in right[:1] + wrong[:1]]
+    return {"step": run.step + 1, "steps": run.cfg.steps, "correct": mean("correct"),
+            "boxed": mean("boxed"), "unparsed": mean("unparsed", over="boxed"),
+            "truncated": mean("truncated"), "length": mean("tokens"),
+            "tokens": sum(row["tokens"] for row in rows), "entropy": mean("entropy", over="tokens"),
+            "logp_correct": mean("logp", right), "logp_incorrect": mean("logp", wrong),
+            "adv_incorrect": mean("adv", wrong), "rollout_gap": mean("gap", over="tokens")}, samples
 
 
-def warn(run, batch, metrics, samples):
+def warn(run, metrics, samples):
     """Say once what keeps a run from learning while it looks healthy."""
-    idle = not batch.adv.any() and not run.cfg.kl_coef and not run.cfg.entropy_coef
     for key, found, text in (
             ("cut", metrics["truncated"] > 0.5,
              "most responses are cut at --max-new-tokens, often before their answer: raise it"),
@@ -2090,7 +2093,7 @@ def warn(run, batch, metrics, samples):
             ("wrong", metrics["correct"] == 0 < metrics["boxed"],
              f"all responses are incorrect; one ends {samples[0]['response'][-80:]!r} where the "
              f"answer is {samples[0]['answer']!r}"),
-            ("idle", idle,
+            ("idle", metrics["updates"] == 0,
              f"{run.cfg.method} has nothing to learn from a batch with {metrics['correct']:.0%} "
              "correct responses: every advantage is 0, and there was no update"),
             ("gap", metrics["rollout_gap"] > 0.1,
@@ -2100,10 +2103,10 @@ def warn(run, batch, metrics, samples):
             live(f"warning, step {metrics['step']}: {text}", done=True)
 
 
-def step_optimizer(run, model, optimizer, loss):
+def step_optimizer(run, model, optimizer):
     """Clip the gradient, summed over the ranks, and step. Returns its norm before clipping.
 
-    loss: of this rank. Raises UserError, before the step, where it or the gradient is not finite.
+    Raises UserError, before the step, where it is not finite, on all ranks alike.
     """
     params = list(model.parameters())
     if WORLD_SIZE > 1:
@@ -2111,8 +2114,8 @@ def step_optimizer(run, model, optimizer, loss):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             torch.distributed.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(params, run.cfg.grad_clip).item()
-    if not math.isfinite(norm + loss):
-        raise UserError(f"step {run.step + 1}: the loss or its gradient is not finite; stopped "
+    if not math.isfinite(norm):
+        raise UserError(f"step {run.step + 1}: the gradient is not finite; stopped "
                         f"before the update, what {run.path} holds is sound; start a new run "
                         "with a lower --lr")
     if run.cfg.optimizer_state == "float32":
@@ -2130,11 +2133,15 @@ def step_one_by_one(optimizer, params, where):
         state = optimizer.state[p]
         for key in {"exp_avg", "exp_avg_sq"} & state.keys():
             state[key] = state[key].to(p.device, torch.float32)
-        if p.grad is not None:
-            optimizer.step()
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = state[key].cpu() if where == "cpu" else to_bf16(state[key])
+        optimizer.step()
+        put_away(state, where)
     optimizer.param_groups[0]["params"] = params
+
+
+def put_away(state, where):
+    """Store AdamW's state of a parameter (dict) as --optimizer-state says."""
+    for key in {"exp_avg", "exp_avg_sq"} & state.keys():
+        state[key] = state[key].cpu() if where == "cpu" else to_bf16(state[key])
 
 
 def to_bf16(x):
@@ -2151,7 +2158,7 @@ def update(run, batch):
     cfg, model, norms, clipped = run.cfg, run.model, [], 0
     kl_coef = cfg.kl_coef if cfg.method != "ppo" else 0.0
     model.train()  # gradient checkpointing asks for it; there is no dropout
-    torch.manual_seed(run.step)  # of to_bf16
+    torch.manual_seed(seed_of(cfg.seed, "update", run.step))  # of to_bf16
     for mini in torch.arange(len(batch.responses)).chunk(cfg.updates):
         rows = [i for i in mini.tolist() if batch.adv[i].any() or cfg.entropy_coef or kl_coef]
         # ONE denominator, before the cut into micro-batches. A = 0 counts in it, so all methods
@@ -2159,7 +2166,6 @@ def update(run, batch):
         denom, busy = over_ranks(sum(len(batch.responses[i].ids) for i in mini), len(rows))
         if not busy:
             continue
-        total = 0.0
         for micro in micro_batches(batch.responses, rows, cfg.micro_tokens):
             responses = [batch.responses[i] for i in micro]
             with autocast(run):
@@ -2174,11 +2180,10 @@ def update(run, batch):
                 ref_logp = pad([batch.ref_logp[i] for i in micro])
                 loss = loss + kl_coef * kl_to_reference(logp, ref_logp)[mask].sum() / denom
             loss.backward()
-            total += loss.item()
             rho = (logp.detach() - old_logp).exp()
             stopped = (adv > 0) & (rho > 1 + cfg.clip) | (adv < 0) & (rho < 1 - cfg.clip)
             clipped += int(stopped[mask].sum())
-        norms.append(step_optimizer(run, model, run.optimizer, total))
+        norms.append(step_optimizer(run, model, run.optimizer))
         if run.critic is not None:
             update_critic(run, batch, mini.tolist(), denom)
     clipped, tokens = over_ranks(clipped, sum(len(r.ids) for r in batch.responses))
@@ -2188,15 +2193,13 @@ def update(run, batch):
 
 def update_critic(run, batch, rows, denom):
     """One optimizer step of the critic, on the responses `rows` of a mini-batch."""
-    total = 0.0
+    run.critic.train()  # as in update()
     for micro in micro_batches(batch.responses, rows, run.cfg.micro_tokens):
         with autocast(run):
             value, mask = critic_values(run.critic, [batch.responses[i] for i in micro])
         old, returns = (pad([column[i] for i in micro]) for column in (batch.values, batch.returns))
-        loss = value_loss(value, old, returns, mask, denom, run.cfg.clip)
-        loss.backward()
-        total += loss.item()
-    step_optimizer(run, run.critic, run.critic_optimizer, total)
+        value_loss(value, old, returns, mask, denom, run.cfg.clip).backward()
+    step_optimizer(run, run.critic, run.critic_optimizer)
 
 
 def train(run):
@@ -2225,7 +2228,6 @@ def train(run):
         traced = cfg.profile and run.step == first_step + 1  # the first step is not typical
         with torch.profiler.profile() if traced else contextlib.nullcontext() as profiler:
             batch, metrics, samples = collect(run)
-            warn(run, batch, metrics, samples)
             with uninterrupted():  # weights, step and log change together or not at all
                 updating = time.time()
                 metrics |= update(run, batch)
@@ -2240,6 +2242,7 @@ def train(run):
             by = "cuda" if run.model.device.type == "cuda" else "cpu"
             live(profiler.key_averages().table(sort_by=f"self_{by}_time_total", row_limit=10)
                  + f"\nthe whole trace: {run.path / 'trace.json'}", done=True)
+        warn(run, metrics, samples)
         spent += time.time() - started
         print_step(metrics, left=spent / (run.step - first_step) * (cfg.steps - run.step),
                    header=(run.step - first_step) % 20 == 1)
@@ -2282,8 +2285,10 @@ def parse_flags(argv):
 def pick_device(name):
     """torch.device of that name, or the best that there is. Raises UserError."""
     try:
-        best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        best = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name or best)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # kernels are launched on the current one
         torch.zeros(1, device=device)
@@ -2339,7 +2344,7 @@ def open_run(given):
                             f"with that run: --resume out/{cfg.name}")
         Path("out").mkdir(exist_ok=True)
     device = pick_device(cfg.device)
-    if device.type == "cpu" and "bf16" not in given:  # a preset's is for a GPU: slow on a CPU
+    if not path and device.type == "cpu" and "bf16" not in given:  # a preset's is for a GPU
         cfg.bf16 = False
     train, held_out = load_problems(cfg)
     sha1 = hashlib.sha1(repr([p[:2] for p in train + held_out]).encode()).hexdigest()
@@ -2356,18 +2361,22 @@ def open_run(given):
     problems, prompts = encode_prompts(train, model, tokenizer, cfg)
     held_out = tuple(encode_prompts(held_out[: cfg.eval_problems], model, tokenizer, cfg))
     reference = load_model(cfg.model, device)[0].requires_grad_(False) if cfg.kl_coef else None
-    if cfg.gradient_checkpointing:
-        model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
     critic = critic_optimizer = None
     if cfg.method == "ppo":  # the model's own layers, with a new head of one number a token
         torch.manual_seed(cfg.seed)
         critic = load_model(cfg.model, device, AutoModelForTokenClassification, num_labels=1)[0]
         critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr)
-    for name, part in (("optimizer", optimizer), ("critic", critic),
+    for part in filter(None, (model, critic)) if cfg.gradient_checkpointing else ():
+        part.activation_checkpointing_enable()
+    for name, part in (("critic", critic), ("optimizer", optimizer),
                        ("critic_optimizer", critic_optimizer)):
         if name in state:
             part.load_state_dict(state[name])
+    if cfg.optimizer_state != "float32":  # it was loaded in float32, onto the device
+        for part in filter(None, (optimizer, critic_optimizer)):
+            for of_parameter in part.state.values():
+                put_away(of_parameter, cfg.optimizer_state)
 
     def begin():
         """Logs without what came after the checkpoint; or a new directory."""
@@ -2403,13 +2412,13 @@ def command(body):
     try:
         return body()
     except UserError as e:
-        message = "" if RANK else str(e)  # the ranks say the same
+        message = "" if RANK else str(e)  # rank 0 says it for all
     except torch.OutOfMemoryError:
         message = "out of memory; lower --micro-tokens or --rollout-tokens, also with --resume"
     except OSError as e:  # no space, no permission, a name that the file system does not take
         message = str(e)
     except RuntimeError as e:
-        if WORLD_SIZE == 1:
+        if WORLD_SIZE == 1 or not (isinstance(e, torch.distributed.DistError) or "gloo" in str(e)):
             raise
         message = (f"rank {RANK} lost the others ({first_line(e)}); what is saved is sound: go on "
                    "with --resume and as many ranks")
@@ -2430,10 +2439,11 @@ def main():
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if given.get("memory"):
-            cfg = resolve(given)
+            cfg = (resumed_config(Path(given["resume"]), given)[0] if "resume" in given else
+                   resolve(given))
             needs = memory_needs(cfg, pick_device(cfg.device))
-            print(*(f"{part:32}{need / 2**30:8.2f} GiB" for part, need in (
-                *needs.items(), ("together", sum(needs.values())))), sep="\n")
+            live("\n".join(f"{part:32}{need / 2**30:8.2f} GiB" for part, need in (
+                *needs.items(), ("together", sum(needs.values())))), done=True)
             return 0
         run = open_run(given)
         cfg, size = run.cfg, sum(p.numel() for p in run.model.parameters())
@@ -2446,6 +2456,8 @@ def main():
     except KeyboardInterrupt:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)  # an impatient second Ctrl-C
+        if RANK:
+            return 130
         if run is None:
             print("\nstopped before training began: nothing to save", file=sys.stderr)
         else:
