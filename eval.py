@@ -50,9 +50,10 @@ def parse_flags():
     args = parser.parse_args()
     if bool(args.models) == bool(args.rescore):
         parser.error("give models to evaluate, or files to --rescore")
-    for name in ("n", "problems", "temperature", "top_p", "max_new_tokens", "rollout_tokens"):
-        if not (getattr(args, name) is None or getattr(args, name) > 0):
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    for name in "-n --problems --temperature --top-p --max-new-tokens --rollout-tokens".split():
+        value = getattr(args, name.strip("-").replace("-", "_"))
+        if value is not None and value <= 0:
+            parser.error(f"{name} {value}: must be above 0")
     if args.k and not (0 < min(args.k) and (args.rescore or max(args.k) <= args.n)):
         parser.error(f"-k {max(args.k)}: Pass@k takes k of the -n {args.n} responses")
     return args
@@ -111,7 +112,7 @@ def load(path, again, ks=None):
     """
     groups, rows, changed = {}, nsr.read_log(path), []
     if not rows or not all(row.keys() >= FIELDS for row in rows):
-        raise UserError(f"{path}: no responses, or not in each line {', '.join(sorted(FIELDS))}")
+        raise UserError(f"{path}: no such file, or a line lacks one of {', '.join(sorted(FIELDS))}")
     settings = {key: rows[0].get(key) for key in SETTINGS}
     for row in rows:
         if again:
@@ -120,11 +121,11 @@ def load(path, again, ks=None):
             row["pred_answer"] = nsr.extract_answer(row["response"])
             if row["label"] != bool(before):
                 changed.append(f"  {row['label']}: {row['pred_answer']!r} / {row['gold_answer']!r}")
-        group = groups.setdefault(row["question_id"], {})
-        if row["generation_id"] in group or any(row.get(k) != v for k, v in settings.items()):
+        group = groups.setdefault(str(row["question_id"]), {})
+        if str(row["generation_id"]) in group or any(row.get(k) != v for k, v in settings.items()):
             raise UserError(f"{path}: mixed models in one file, or one twice, at question "
                             f"{row['question_id']!r}, generation {row['generation_id']}")
-        group[row["generation_id"]] = row
+        group[str(row["generation_id"])] = row
     if again:
         print(f"{path}: {len(rows)} responses, {len(changed)} verdicts changed", *changed, sep="\n")
     n = settings["n"] or min(map(len, groups.values()))
@@ -227,8 +228,8 @@ def picture(panels, name):
 def main():
     """`python eval.py`: 0 when all is sampled, 130 when stopped; both print what is complete."""
     args, status, started, done = parse_flags(), 0, [], []
-    runs = [Path(name, "config.json") for name in args.models if name != "countdown"]
-    own = all(run.exists() and '"data": "countdown"' in run.read_text() for run in runs)
+    own = all('"data": "countdown"' in run.read_text() if run.exists() else run.parts[0] == "out"
+              for run in (Path(name, "config.json") for name in args.models if name != "countdown"))
     sets = {} if args.rescore else {  # all, before the first is sampled
         data: (nsr.load_problems(Config())[1] if data == "countdown" else
                nsr.shuffled_problems(data))[: args.problems]

@@ -108,7 +108,7 @@ class Config:
     schedule: str = flag("exponential", "how beta(t) falls in a-nsr and acw-nsr", SCHEDULES)
     beta_max: float = flag(1.5, "where beta(t) of a-nsr starts")
     beta_min: float = flag(0.5, "what beta(t) falls towards")
-    kappa: float = flag(0.03, "rate of the exponential schedule, per step")
+    kappa: float = flag(0.03, "rate of the exponential schedule, per step", above=0)
     lam_min: float = flag(0.05, "lam(t) of a-nsr at t = 0")
     lam_max: float = flag(0.2, "lam(t) of a-nsr at t = T")
     entropy_coef: float = flag(0.0, "entropy bonus (1e-4 in the papers)")
@@ -171,10 +171,14 @@ def resolve(given):
 def check(cfg):
     """Raises UserError where a setting is out of range or two do not fit together."""
     for knob in fields(Config):
-        above, value = knob.metadata["above"], getattr(cfg, knob.name)
-        if above is not None and not above < value < math.inf:
-            name = knob.name.replace("_", "-")
+        above, choices = knob.metadata["above"], knob.metadata["choices"]
+        name, value = knob.name.replace("_", "-"), getattr(cfg, knob.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value}: must be finite")
+        if above is not None and not above < value:
             raise UserError(f"--{name} {value}: must be above {above} and finite")
+        if choices and value not in choices:
+            raise UserError(f"--{name} {value}: choose from {', '.join(choices)}")
     if cfg.prompts % (cfg.updates * WORLD_SIZE):
         raise UserError(f"--prompts {cfg.prompts} does not divide into --updates {cfg.updates}"
                         + f" on {WORLD_SIZE} ranks" * (WORLD_SIZE > 1))
@@ -1906,8 +1910,8 @@ def read_log(path):
     except ValueError as e:
         raise UserError(f"{path} is damaged ({first_line(e)}); mend it, or move it away") from e
     try:
-        return [*rows, json.loads(last)] if last else rows
-    except ValueError:
+        return [*rows, dict(json.loads(last))] if last else rows
+    except (ValueError, TypeError):
         live(f"{path}: its last line was cut short, and is dropped", done=True)
         return rows
 
@@ -2307,6 +2311,11 @@ def new_directory(cfg):
     raise UserError(f"--name {cfg.name}: {path} exists; choose another, or --resume {path}")
 
 
+def launcher(ranks):
+    """The command of a run with so many ranks."""
+    return "python nsr.py" if ranks == 1 else f"torchrun --nproc-per-node {ranks} nsr.py"
+
+
 def resumed_config(path, given):
     """(Config, content of config.json) of the run in `path`, with the flags that may change.
 
@@ -2315,11 +2324,13 @@ def resumed_config(path, given):
     try:
         stored = json.loads((path / "config.json").read_text())
         cfg = Config(**{knob.name: stored[knob.name] for knob in fields(Config)})
-        if stored["ranks"] != WORLD_SIZE:
-            raise UserError(f"--resume {path}: that run has {stored['ranks']} ranks, not "
-                            f"{WORLD_SIZE}: torchrun --nproc-per-node {stored['ranks']}")
+        check(cfg)
+        ranks, _ = stored["ranks"], stored["problems_sha1"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"--resume {path}: no run to go on with ({first_line(e)})") from e
+    if ranks != WORLD_SIZE:
+        raise UserError(f"--resume {path}: that run has {ranks} ranks, not {WORLD_SIZE}; go on with "
+                        f"{launcher(ranks)} --resume {path}")
     for knob, value in given.items():
         if knob in RESUMABLE:
             setattr(cfg, knob, value)
@@ -2441,7 +2452,9 @@ def main():
         if given.get("memory"):
             cfg = (resumed_config(Path(given["resume"]), given)[0] if "resume" in given else
                    resolve(given))
-            needs = memory_needs(cfg, pick_device(cfg.device))
+            device = pick_device(cfg.device)
+            needs = memory_needs(cfg, device)
+            live(f"{cfg.method} of {cfg.model} on {device}", done=True)
             live("\n".join(f"{part:32}{need / 2**30:8.2f} GiB" for part, need in (
                 *needs.items(), ("together", sum(needs.values())))), done=True)
             return 0
@@ -2463,7 +2476,7 @@ def main():
         else:
             save_checkpoint(run)
             print(f"\nstopped after step {run.step} of {run.cfg.steps}, which is saved; go on with"
-                  f"\n    python nsr.py --resume {run.path}", file=sys.stderr)
+                  f"\n    {launcher(WORLD_SIZE)} --resume {run.path}", file=sys.stderr)
         return 130
     print(f"\nPass@k of {len(run.held_out[0])} held-out problems, {cfg.eval_samples} responses "
           f"each, temperature {cfg.temperature:g}; methods compare at equal steps and learning "
