@@ -51,8 +51,7 @@ def parse_flags():
     if bool(args.models) == bool(args.rescore):
         parser.error("give models to evaluate, or files to --rescore")
     for name in "-n --problems --temperature --top-p --max-new-tokens --rollout-tokens".split():
-        value = getattr(args, name.strip("-").replace("-", "_"))
-        if value is not None and value <= 0:
+        if (value := getattr(args, name.strip("-").replace("-", "_"))) is not None and value <= 0:
             parser.error(f"{name} {value}: must be above 0")
     if args.k and not (0 < min(args.k) and (args.rescore or max(args.k) <= args.n)):
         parser.error(f"-k {max(args.k)}: Pass@k takes k of the -n {args.n} responses")
