@@ -2157,7 +2157,7 @@ def to_bf16(x):
 def update(run, batch):
     """cfg.updates optimizer steps, each on a mini-batch of whole groups. Returns metrics (dict).
 
-    Raises UserError, before the optimizer's step, where loss or gradient is not finite.
+    Raises UserError, before the optimizer's step, where the gradient is not finite.
     """
     cfg, model, norms, clipped = run.cfg, run.model, [], 0
     kl_coef = cfg.kl_coef if cfg.method != "ppo" else 0.0
