@@ -1062,6 +1062,7 @@ def load_model(name, device, kind=AutoModelForCausalLM, **options):
 
 
 def speaks_chat_ml(model, tokenizer):
+    """Whether the prompt of the papers, with <|im_start|>, is the model's own: Qwen's."""
     return "qwen" in model.config.model_type and "<|im_start|>" in tokenizer.get_vocab()
 
 
@@ -1136,6 +1137,7 @@ def countdown_base():
 
 
 def countdown_config():
+    """The shape of the embedded base policy: 108,416 parameters."""
     return transformers.Qwen2Config(
         vocab_size=19, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
@@ -1917,11 +1919,13 @@ def read_log(path):
 
 
 def write_log(path, rows):
+    """Write a JSON Lines file anew, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def append_log(path, rows):
+    """Add rows (dicts) to a JSON Lines file; rank 0 does."""
     if RANK:
         return
     with path.open("a", encoding="utf-8") as file:
@@ -2329,8 +2333,8 @@ def resumed_config(path, given):
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"--resume {path}: no run to go on with ({first_line(e)})") from e
     if ranks != WORLD_SIZE:
-        raise UserError(f"--resume {path}: that run has {ranks} ranks, not {WORLD_SIZE}; go on with "
-                        f"{launcher(ranks)} --resume {path}")
+        raise UserError(f"--resume {path}: that run has {ranks} ranks, not {WORLD_SIZE}; go on "
+                        f"with {launcher(ranks)} --resume {path}")
     for knob, value in given.items():
         if knob in RESUMABLE:
             setattr(cfg, knob, value)
