@@ -1761,7 +1761,7 @@ def memory_needs(cfg, device):
                    m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear
                    and m.weight.numel() > 2**16)}
     update = {"gradient": 4 * n, "activations": micro * kept * size,
-              "chunk of logits": min(2 ** (27 if on_cpu else 28), micro * config.vocab_size * size)}
+              "chunk of logits": min(2**28, micro * config.vocab_size * size)}
     parts |= max(rollout, update, key=lambda part: sum(part.values()))
     # by measurement: a quarter more for temporaries and what the allocator cannot use again
     parts["temporaries"] = sum(parts.values()) // 4

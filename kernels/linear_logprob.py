@@ -30,13 +30,18 @@ def naive_linear_logprobs(hidden, weight, labels, *, bias=None, temperature=1.0,
 # Forward takes the first chunk last and leaves it in the buffer, where backward starts: R rows are
 # not computed again, and where all fit, none. What else pays for the fourth product: backward knows
 # m and log D of a row (stats), and a buffer used again costs no page faults.
-# Why these sizes: R rows share one reading of weight, one reading and writing of its gradient. CPU,
-# float32, V = 151,936: 220 rows; 110 took 4% longer, 440 5% less. A GPU does more operations in the
-# time of a byte: 880 rows of bfloat16 are R/4 = 220 of them to a byte of that gradient.
+# Why 256 MiB: R rows share one reading of weight, and one reading and writing of its gradient. For
+# float32 and V = 151,936 that is 441 rows; on two CPU cores 220 take 10% longer. A GPU does more
+# operations in the time of a byte: 883 rows of bfloat16 are 220 for each byte of that gradient.
+CHUNK = 2**28  # bytes of logits
 def _logits(hidden, weight, bias, out):
-    if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
+    step = 2048 if out.device.type == "cpu" else len(weight)  # rows of weight that its cache holds
+    for v in range(0, len(weight), step):
+        W, x = weight[v : v + step].t(), out[:, v : v + step]
+        if bias is None:
+            torch.mm(hidden, W, out=x)
+        else:
+            torch.addmm(bias[v : v + step], hidden, W, out=x)
 def _accumulate(total, a, b):  # total += a @ b
     if a.dtype == total.dtype:
         total.addmm_(a, b)
@@ -55,8 +60,9 @@ class _LinearLogprobs(torch.autograd.Function):
         W, b = (None if i is None else i.to(dtype) for i in (weight, bias))
         for i in reversed(range(0, n, ctx.R)):
             r, place = slice(i, i + ctx.R), tuple(j[i : i + ctx.R] for j in at)
-            x = _logits(hidden[place].to(dtype), W, b, ctx.buffer[: n - i])
-            out = K._forward(x[None], y[None, r], t[None, r], check, 1, False)
+            x = ctx.buffer[: n - i]
+            _logits(hidden[place].to(dtype), W, b, x)
+            out = K._run_forward(x[None], y[None, r], t[None, r], check, 1, False)
             logp[place], entropy[place], stats[r] = (o[0] for o in out[:3])
         ctx.save_for_backward(hidden, weight, bias, y, t, stats, *at)
         ctx.set_materialize_grads(False)
@@ -78,7 +84,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if i or kept is None:
                 _logits(h, W, b, x)
             g = [None if j is None else j[place] for j in grads]
-            K._backward(x[None], y[None, r], t[None, r], stats[None, r], *g, x[None])
+            K._run_backward(x[None], y[None, r], t[None, r], stats[None, r], *g, x[None])
             with torch.autocast(x.device.type, enabled=False):
                 if to_hidden:
                     g_hidden[place] = torch.mm(x, W).to(hidden.dtype)
@@ -100,7 +106,7 @@ def linear_logprobs(hidden, weight, labels, *, bias=None, temperature=1.0, mask=
       not read, outputs and gradients are 0.
     temperature: positive float, or tensor broadcast to (...) (to check it a host waits for a GPU).
     chunk_rows: the logits of that many live rows are held at once, also until backward; None: what
-      128 MiB hold, on a GPU 256 MiB.
+      256 MiB hold.
     Returns TokenStats: logprobs and entropy (...), confidence (...[:-1]), in float32 (float64 for
       float64 logits). The gradients of weight and bias are summed up over chunks in that dtype.
     Raises ValueError on shapes, dtypes, values that do not fit. Source of confidence:
@@ -118,7 +124,7 @@ def linear_logprobs(hidden, weight, labels, *, bias=None, temperature=1.0, mask=
                          f"{[i.dtype for i in (hidden, *params)]}")
     if chunk_rows is not None and not chunk_rows >= 1:
         raise ValueError(f"chunk_rows must be a positive int, not {chunk_rows}")
-    rows = chunk_rows or 2 ** (28 if hidden.is_cuda else 27) // (dtype.itemsize * len(weight))
+    rows = chunk_rows or CHUNK // (dtype.itemsize * len(weight))
     y, temps = K._rows(hidden.shape[:-1], dtype, labels, temperature, mask)
     check = isinstance(temperature, torch.Tensor)
     logp, entropy = _LinearLogprobs.apply(hidden, weight, bias, y, temps, check, dtype, rows)
@@ -154,4 +160,4 @@ if __name__ == "__main__":
     assert error < 1e-5, error
     print(f"values and gradients are within {error:.0e} of float64, relative to the largest")
     if not K.INTERPRET:
-        _benchmark(*(16384, 1536) if cuda else (1024, 896), 151_936, cuda)
+        _benchmark(*(8192, 1536) if cuda else (1024, 896), 151_936, cuda)

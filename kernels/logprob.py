@@ -226,9 +226,8 @@ def _launched(kernel, programs, tensor, *args):
     with torch.cuda.device_of(tensor):  # 256 threads a program
         kernel[(programs,)](tensor, *args, num_warps=4 if torch.version.hip else 8)
     return True
-@torch.library.custom_op("nsr::logprob_forward", mutates_args=())
-def _forward(logits: Tensor, labels: Tensor, temps: Tensor, check: bool, sequences: int,
-             inplace: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run_forward(logits: Tensor, labels: Tensor, temps: Tensor, check: bool, sequences: int,
+                 inplace: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if check and not ((temps > 0) & (temps < math.inf)).all():
         raise ValueError("every temperature must be positive and finite")
     out = _fake_forward(logits, labels, temps, check, sequences, inplace)
@@ -239,17 +238,18 @@ def _forward(logits: Tensor, labels: Tensor, temps: Tensor, check: bool, sequenc
     else:
         _forward_torch(logits, labels, temps, *out)
     return out
+_forward = torch.library.custom_op("nsr::logprob_forward", _run_forward, mutates_args=())
 @_forward.register_fake
 def _fake_forward(logits, labels, temps, check, sequences, inplace):
     logp, stats = torch.empty_like(temps), temps.new_empty(*temps.shape, 4)
     return logp, torch.empty_like(temps), stats, temps.new_empty(sequences)  # 0: log-probs alone
-@torch.library.custom_op("nsr::logprob_backward", mutates_args=("grad",))
-def _backward(logits: Tensor, labels: Tensor, temps: Tensor, stats: Tensor,
-              g_logp: Tensor | None, g_entropy: Tensor | None, grad: Tensor) -> None:
+def _run_backward(logits: Tensor, labels: Tensor, temps: Tensor, stats: Tensor,
+                  g_logp: Tensor | None, g_entropy: Tensor | None, grad: Tensor) -> None:
     g = [None if i is None else i.contiguous() for i in (g_logp, g_entropy)]
     if not _launched(_backward_kernel, labels.numel(), logits, labels, temps, stats, *g, grad,
                      *logits.shape[:0:-1], *logits.stride()[:2], *grad.stride()[:2]):
         _backward_torch(logits, labels, temps, stats, *g, grad)
+_backward = torch.library.custom_op("nsr::logprob_backward", _run_backward, mutates_args=("grad",))
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], output[2])
     ctx.mark_non_differentiable(*output[2:])
