@@ -31,7 +31,7 @@ def naive_linear_logprobs(hidden, weight, labels, *, bias=None, temperature=1.0,
 # not computed again, and where all fit, none. What else pays for the fourth product: backward knows
 # m and log D of a row (stats), and a buffer used again costs no page faults.
 # Why 256 MiB: R rows share one reading of weight, and one reading and writing of its gradient. For
-# float32 and V = 151,936 that is 441 rows; on two CPU cores 220 take 10% longer. A GPU does more
+# float32 and V = 151,936 that is 441 rows; fewer take longer (220: about 6%). A GPU does more
 # operations in the time of a byte: 883 rows of bfloat16 are 220 for each byte of that gradient.
 CHUNK = 2**28  # bytes of logits
 def _logits(hidden, weight, bias, out):
