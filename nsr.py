@@ -191,6 +191,8 @@ def check(cfg):
 
 
 class Problem(NamedTuple):
+    """A question, its answer, and how a response to it is checked."""
+
     question: str
     answer: str  # gold
     instruction: str  # follows the question in the prompt
@@ -1187,6 +1189,8 @@ def warm_up(model, tokenizer, seed, steps, batch, lr):
 
 
 class Response(NamedTuple):
+    """What the policy drew after a prompt."""
+
     prompt_ids: list  # of int
     ids: list  # of int: the sampled tokens, the stop token included
     logp: list  # of float: log-probability of each under the distribution that it was drawn from
