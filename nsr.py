@@ -116,6 +116,9 @@ class Config:
                           "reward; default: 1e-3 in grpo and ppo, else 0")
     critic_lr: float = flag(1e-3, "learning rate of the critic in ppo", above=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
+    drop_unused: bool = flag(False, "as the NSR authors' released code: responses with A = 0 are "
+                             "dropped before mini-batches are cut, so that updates and "
+                             "denominator follow the accuracy")
     eval_every: int = flag(0, "Pass@k every so many steps; 0: only before and after training")
     eval_problems: int = flag(100, "held-out problems to evaluate on", above=0)
     eval_samples: int = flag(256, "responses to each of them: n of Pass@k", above=0)
@@ -184,6 +187,8 @@ def check(cfg):
                         + f" on {WORLD_SIZE} ranks" * (WORLD_SIZE > 1))
     if cfg.method == "grpo" and cfg.group_size < 2:
         raise UserError("--method grpo compares the responses of a group: --group-size 2 or more")
+    if cfg.drop_unused and WORLD_SIZE > 1:
+        raise UserError("--drop-unused: ranks would differ in their updates; use python nsr.py")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1687,7 +1692,8 @@ def tally(rows, ks=None):
     measures = {f"Pass@{k}": pass_at_k(n, c, k)
                 for k in ks or sorted({2**i for i in range(n.bit_length())} | {n})}
     measures["maj@n"] = bool(votes) and rows[answers.index(max(votes, key=votes.get))]["label"]
-    measures |= {"distinct": len(votes),
+    measures |= {"distinct": len(votes), "distinct correct": len(
+                     {a for a, row in zip(answers, rows) if a and row["label"]}),
                  "no box": sum(row["pred_answer"] is None for row in rows) / n}
     if "finish_reason" in rows[0]:  # the files of others may not say
         measures |= {"truncated": sum(row["finish_reason"] == "length" for row in rows) / n,
@@ -2083,6 +2089,10 @@ def measure(run, batch, asked, texts, correct, entropy, confidence):
         total = sum(row[key] for row in rows)
         return total / max(1, sum(row[over] for row in rows)) if rows else None
 
+    def quantiles(rows):
+        confidences = [row["confidence"] for row in rows]
+        return np.quantile(confidences, [0.1, 0.5, 0.9]).tolist() if rows else None
+
     samples = [{"step": run.step + 1} | {key: row[key] for key in (
         "correct", "question", "answer", "response", "confidence")}
         for row in right[:1] + wrong[:1]]
@@ -2091,6 +2101,7 @@ def measure(run, batch, asked, texts, correct, entropy, confidence):
             "truncated": mean("truncated"), "length": mean("tokens"),
             "tokens": sum(row["tokens"] for row in rows), "entropy": mean("entropy", over="tokens"),
             "logp_correct": mean("logp", right), "logp_incorrect": mean("logp", wrong),
+            "confidence_correct": quantiles(right), "confidence_incorrect": quantiles(wrong),
             "adv_incorrect": mean("adv", wrong), "rollout_gap": mean("gap", over="tokens")}, samples
 
 
@@ -2165,13 +2176,17 @@ def to_bf16(x):
 def update(run, batch):
     """cfg.updates optimizer steps, each on a mini-batch of whole groups. Returns metrics (dict).
 
+    With drop_unused as many responses, all with A != 0, make a mini-batch, so there are fewer.
     Raises UserError, before the optimizer's step, where the gradient is not finite.
     """
     cfg, model, norms, clipped = run.cfg, run.model, [], 0
     kl_coef = cfg.kl_coef if cfg.method != "ppo" else 0.0
     model.train()  # gradient checkpointing asks for it; there is no dropout
     torch.manual_seed(seed_of(cfg.seed, "update", run.step))  # of to_bf16
-    for mini in torch.arange(len(batch.responses)).chunk(cfg.updates):
+    kept = torch.arange(len(batch.responses))
+    if cfg.drop_unused:
+        kept = kept[batch.adv.view(len(kept), -1).any(1).cpu()]
+    for mini in kept.split(len(batch.responses) // cfg.updates):
         rows = [i for i in mini.tolist() if batch.adv[i].any() or cfg.entropy_coef or kl_coef]
         # ONE denominator, before the cut into micro-batches. A = 0 counts in it, so all methods
         # divide by the same number; but its gradient is 0, so it needs no forward pass.

@@ -1041,6 +1041,23 @@ def test_update_counts_the_clip_and_cuts_mini_batches(tokenizer):
     assert metrics["clip_frac"] == pytest.approx((5 + 2) / (5 + 2 + 4 + 7 + 1 + 3))
 
 
+def test_drop_unused_by_hand(tokenizer, monkeypatch):
+    model, seen = tiny_model(tokenizer), []
+    batch = a_batch(model, adv=[0.0, -1.0, -1.0, 0.0, -1.0, 0.0])  # of 5, 2, 4, 7, 1, 3 tokens
+    loss = nsr.policy_loss
+    monkeypatch.setattr(nsr, "policy_loss", lambda logp, *args: (
+        seen.append((len(logp), args[3])), loss(logp, *args))[1])
+    for dropped, expected in ((False, [(1, 7), (1, 11), (1, 4)]), (True, [(2, 6), (1, 1)])):
+        metrics = nsr.update(a_run(model, updates=3, drop_unused=dropped, kl_coef=0.0), batch)
+        assert seen == expected and metrics["updates"] == len(expected)  # (responses, denominator)
+        seen.clear()
+    batch.adv[:] = 0
+    assert nsr.update(a_run(model, updates=3, drop_unused=True), batch)["updates"] == 0
+    monkeypatch.setattr(nsr, "WORLD_SIZE", 2)
+    with pytest.raises(nsr.UserError, match="--drop-unused"):
+        nsr.check(nsr.Config(drop_unused=True, kl_coef=0.0))
+
+
 def test_gradient_checkpointing_changes_nothing(tokenizer):
     grads, passes = [], []
     for on in (False, True):
@@ -1117,6 +1134,13 @@ def test_pass_at_k_is_exact():
     for n, c, k in ((4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)):
         with pytest.raises(ValueError):
             nsr.pass_at_k(n, c, k)
+
+
+def test_tally_counts_distinct_answers_by_hand():
+    rows = [{"pred_answer": answer, "label": label} for answer, label in (
+        ("1+2", True), ("1 + 2", True), ("2+1", True), ("4", False), ("5", False), (None, False))]
+    tally = nsr.tally(rows)
+    assert (tally["distinct"], tally["distinct correct"], tally["Pass@1"]) == (4, 2, 0.5)
 
 
 @pytest.fixture
@@ -1301,11 +1325,25 @@ def test_metrics_say_what_happened(cli, base):
         assert row["rollout_gap"] < 1e-5 and row["time"]["rollout"] > 0
         assert 0 < row["entropy"] < math.log(20) and row["tokens"] == round(16 * row["length"])
         assert row["truncated"] > 0
+        for kind, any_ in (("correct", row["correct"] > 0), ("incorrect", row["correct"] < 1)):
+            spread = row[f"confidence_{kind}"]
+            assert (spread is not None) == any_ and (spread or []) == sorted(spread or [])
     samples = nsr.read_log(Path("out/a-nsr-1/samples.jsonl"))
     assert 0 < len(samples) <= 10
     for s in samples:
         assert nsr.verify_countdown(s["response"], s["answer"]) is s["correct"]
     assert out.count("are cut at --max-new-tokens") == 1  # said once, not every step
+
+
+def test_measure_gives_quantiles_of_the_confidence(model, tokenizer):
+    problem = nsr.Problem("q", "1", "", nsr.verify_countdown)
+    for correct, expected in (([False] * 6, (None, [0.15, 0.35, 0.55])),
+                              ([True, False] * 3, ([0.14, 0.3, 0.46], [0.24, 0.4, 0.56]))):
+        batch, entropy = a_batch(model), [torch.zeros(1)] * 6
+        metrics, _ = nsr.measure(a_run(model), batch, [problem] * 6, [""] * 6,
+                                 torch.tensor(correct), entropy, torch.arange(1, 7) / 10)
+        for kind, quantiles in zip(("correct", "incorrect"), expected):
+            assert metrics[f"confidence_{kind}"] == (quantiles and pytest.approx(quantiles))
 
 
 def test_entropy_is_the_entropy(tokenizer):
