@@ -4,6 +4,7 @@
     python eval.py countdown out/*-s[0-9] --group --compare  # the seeds of a method as one
     python eval.py MODEL --data math500 -n 64 --save out/t   # also t.md, t.csv, t.png and t.svg
     python eval.py --rescore out/eval/*.jsonl                # verify stored responses again
+    python eval.py out/*-s[0-9] --group --log Pass@1:Pass@256 step:beta --save out/t  # training
 
 Every response is kept, a line of out/eval/MODEL--DATA.jsonl, and every number is taken from there;
 what is there is not sampled again. Rows have the fields of the NSR authors' files, and more.
@@ -25,10 +26,13 @@ SAMPLING = {  # on countdown: what training samples with; else what the papers e
     False: dict(temperature=0.6, top_p=0.95, max_new_tokens=3072)}
 SETTINGS = "model", "weights", "data", "n", *SAMPLING[True]  # in every row that is sampled here
 FIELDS = {"question_id", "generation_id", "response", "gold_answer", "label"}  # in every row
+# Student's t at 97.5% by the number of seeds, from 1; from 10 on the last, a little too wide
+STUDENT_T = np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 COLORS = "#000000 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9".split()  # of Okabe and Ito
 
 
 def parse_flags():
+    """The flags of the command line, checked. Raises UserError."""
     parser = nsr.flag_parser(__doc__)
     flag = parser.add_argument
     flag("models", nargs="*", metavar="MODEL", help="a directory, out/NAME, a hub name, countdown")
@@ -44,12 +48,17 @@ def parse_flags():
     flag("--compare", action="store_true", help="also the paired differences to the first model")
     flag("--group", action="store_true", help="NAME-s0, NAME-s1, ... are seeds of one model")
     flag("--save", metavar="NAME", help="also write NAME.md, NAME.csv, NAME.png and NAME.svg")
+    flag("--log", nargs="+", metavar="X:Y", help="sample none; draw Y against X along the training "
+         "of each MODEL (out/NAME), keys of its metrics.jsonl or Pass@1, ...; a table of last Y")
+    flag("--at", nargs="+", type=float, metavar="X", help="with --log: Y where X is first reached")
     flag("--out", default="out/eval", metavar="DIR", help="where responses are kept [out/eval]")
     flag("--rescore", nargs="+", metavar="FILE", help="sample none; verify again what files hold")
     flag("--device", default="", help="cpu, cuda, cuda:1, ... [cuda if there is one, else cpu]")
     args = parser.parse_args()
-    if bool(args.models) == bool(args.rescore):
-        parser.error("give models to evaluate, or files to --rescore")
+    if bool(args.models) == bool(args.rescore) or args.log and not args.models:
+        parser.error("give models to evaluate, the runs (first) of --log, or files to --rescore")
+    if args.at and not args.log:
+        parser.error("--at goes with --log X:Y")
     for name in "-n --problems --temperature --top-p --max-new-tokens --rollout-tokens".split():
         if (value := getattr(args, name.strip("-").replace("-", "_"))) is not None and value <= 0:
             parser.error(f"{name} {value}: must be above 0")
@@ -155,17 +164,21 @@ def bootstrap(groups, resamples=10_000):
     return np.array(means[0]), np.array(means[1:])
 
 
+def label_of(name, args):
+    """What tables and pictures call a model: with --group, NAME of DIR/NAME-s0, else all of it."""
+    return re.sub(r"^.*/|-s\d+$", "", name) if args.group else name
+
+
 def report(found, args):
     """Print the tables of `found`, pairs (settings, tallies), and write what --save asks for."""
-    page, panels, records = "", [], ["data,model,measure,value,low,high".split(",")]
+    page, panels, records = "", [], []
     for data in dict.fromkeys(settings["data"] for settings, _ in found):
         of, models, about = {}, {}, {}
         for settings, tallies in found:
             if settings["data"] == data:
                 name = settings["path" if settings["model"] in of else "model"]
-                label = re.sub(r"^.*/|-s\d+$", "", name) if args.group else name
                 of[name] = tallies
-                models.setdefault(label, []).append(name)
+                models.setdefault(label_of(name, args), []).append(name)
                 about |= {", ".join(f"{k} {settings[k]}" for k in SETTINGS[3:] if settings[k]): 0}
         ids = [i for i in [*of.values()][0] if all(i in tallies for tallies in of.values())]
         if not ids:
@@ -197,29 +210,113 @@ def report(found, args):
                     rows[-1].append(f"{digits(low)} {digits(high)}")
             page += "\n".join([*nsr.table(rows), "", ""])
             if kind == "Pass@":
-                panels.append((f"{data}, {len(ids)} problems", [int(k) for k in rows[0][1:]],
-                               [*zip(models, numbers[:, :, part].swapaxes(0, 1))]))
+                ks = [int(k) for k in rows[0][1:]]
+                panels.append((dict(title=f"{data}, {len(ids)} problems", xlabel="k",
+                                    ylabel="Pass@k", xticks=ks, xticklabels=ks),
+                               [(label, ks, numbers[0, g, part], numbers[1:, g, part], ())
+                                for g, label in enumerate(models)]))
+    publish(page, panels, records, args)
+
+
+def crossing(points, x):
+    """What the other columns are where the first is first x, linear between points; else nan.
+
+    >>> crossing(np.array([[0.0, 10], [2, 30], [1, 50]]), 1.5)
+    array([25.])
+    """
+    for (x0, *y0), (x1, *y1) in zip(points, points[1:]):
+        if min(x0, x1) <= x <= max(x0, x1):
+            return np.array(y0) + (x - x0) / (x1 - x0 or 1) * np.subtract(y1, y0)
+    return np.full(points.shape[1] - 1, np.nan)
+
+
+def read_points(run, x, y):
+    """{step: (x, y) or (x, y0, y1, ...)} of a run's metrics.jsonl. Raises UserError."""
+    rows = nsr.read_log(log := Path(run, "metrics.jsonl"))
+    for row in rows:
+        row |= row.pop("time", {}) | {
+            f"Pass@{k}": score for k, score in row.pop("pass_at_k", {}).items()}
+    found = [row for row in rows
+             if None not in (row.get(x), row.get(y)) and not isinstance(row[x], list)]
+    if not found:
+        keys = ", ".join(dict.fromkeys(key for row in rows for key in row))
+        raise UserError(f"--log {x}:{y}: no line of {log} has both, X a number; the keys there are "
+                        f"{keys or 'none: is it the directory of a run?'}")
+    found = [row for row in found if "steps" in row] or found  # length in training, not evaluation
+    return {row["step"]: np.append(row[x], row[y]) for row in found}
+
+
+def report_log(args):
+    """Print the table that --log asks for, and write what --save asks for."""
+    runs, panels, cells = {}, [], {}
+    for run in dict.fromkeys(name.rstrip("/") for name in args.models):
+        runs.setdefault(label_of(run, args), []).append(run)
+    for x, y in (pair.partition(":")[::2] for pair in args.log):
+        panels.append((dict(xlabel=x, ylabel=y), []))
+        for label, names in runs.items():
+            found = [read_points(name, x, y) for name in names]
+            steps = sorted(set.intersection(*map(set, found)))
+            if not steps:
+                raise UserError(f"{label}: {x} and {y} of its seeds have no step in common")
+            seeds = np.array([[points[step] for step in steps] for points in found])
+            mean = seeds.mean(0)
+            panels[-1][1].append((label, mean[:, 0], mean[:, 1:], (), seeds))
+            named = {f"{y} at {x} {at:g}": [crossing(points, at) for points in seeds]
+                     for at in args.at or ()} or {y: seeds[:, -1, 1:]}
+            for name, values in named.items():
+                for j, ends in enumerate(np.transpose(values)):  # of a column, (seeds,)
+                    error, middle = ends.std() / max(1, len(ends) - 1) ** 0.5, ends.mean()
+                    half = STUDENT_T[min(len(ends), 10) - 1] * error
+                    cells[label, f"{name}[{j}]" if mean.shape[1] > 2 else name] = (
+                        middle, middle - half, middle + half)
+    rows = [["", *dict.fromkeys(column for _, column in cells)]]
+    for label in runs:
+        numbers = (cells[label, column] for column in rows[0][1:])
+        rows.append([label, *(digits(value) if np.isnan(low) else f"{digits(value)} ({digits(low)} "
+                              f"{digits(high)})" for value, low, high in numbers)])
+    page = ("Where X first crosses a value, linear between points (-: some seed never does)"
+            if args.at else "Last values") + (
+            ", mean and 95% interval by Student's t over seeds" * args.group)
+    publish("\n".join([f"{page}:\n", *nsr.table(rows), ""]), panels,
+            [("log", *key, *numbers) for key, numbers in cells.items()], args)
+
+
+def publish(page, panels, records, args):
+    """Print the page, and write it, the panels and the records if --save asks for it."""
     style = "  \033[1m\\1\033[0m  " if sys.stdout.isatty() else r"  \1  "
     print("\r\033[K" * sys.stdout.isatty() + re.sub(r"\*\*(\S+)\*\*", style, page), end="")
     if args.save and panels:
         picture(panels, args.save)
         Path(f"{args.save}.md").write_text(page)
         with open(f"{args.save}.csv", "w", newline="") as file:
-            csv.writer(file).writerows(records)
+            csv.writer(file).writerows(["data,model,measure,value,low,high".split(","), *records])
 
 
 def picture(panels, name):
-    """Draw Pass@k with its intervals as NAME.png and NAME.svg, a panel a problem set."""
+    """Draw panels side by side as NAME.png and NAME.svg, with one legend.
+
+    A panel is (settings of its axis, curves), a curve (label, x, y, band, seeds): band is () or the
+    interval (low, high), seeds are arrays (points, columns) of x and y, drawn faintly.
+    """
     from matplotlib.figure import Figure  # slow to import
-    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-    for axis, (title, ks, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for i, (label, (values, low, high)) in enumerate(curves):
-            axis.fill_between(ks, low, high, color=COLORS[i % 7], alpha=0.15, lw=0)
-            axis.semilogx(ks, values, base=2, color=COLORS[i % 7], marker="osD^vPX"[i % 7], ms=5,
-                          ls=("-", "--", "-.", ":")[i % 4], label=label)
-        axis.set(title=title, xlabel="k", ylabel="Pass@k", xticks=ks, xticklabels=ks)
+    labels = [*dict.fromkeys(label for _, curves in panels for label, *_ in curves)]
+    beside, lines = 1 + len(labels) // 20, {}
+    figure = Figure(figsize=(5.5 * len(panels) + 2 * beside, 4.2), layout="constrained")
+    for axis, (settings, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        if settings["xlabel"] == "k":
+            axis.set_xscale("log", base=2)
+        for label, x, y, band, seeds in curves:
+            turn, i = divmod(labels.index(label), 7)
+            color, ls = COLORS[i], ("-", "--", "-.", ":")[turn % 4]
+            if len(band):
+                axis.fill_between(x, *band, color=color, alpha=0.15, lw=0)
+            for points in seeds:
+                axis.plot(points[:, 0], points[:, 1:], color=color, alpha=0.3, lw=0.7)
+            lines.setdefault(label, axis.plot(x, y, color=color, ls=ls, ms=5, marker=(
+                "osD^vPX"[i] if len(x) < 50 else ""))[0])
+        axis.set(**settings)
         axis.grid(alpha=0.3)
-        axis.legend()
+    figure.legend(lines.values(), lines, loc="outside right upper", ncols=beside)
     for kind in ("png", "svg"):
         figure.savefig(f"{name}.{kind}", dpi=200)
 
@@ -227,6 +324,9 @@ def picture(panels, name):
 def main():
     """`python eval.py`: 0 when all is sampled, 130 when stopped; both print what is complete."""
     args, status, started, done = parse_flags(), 0, [], []
+    if args.log:
+        report_log(args)
+        return 0
     own = all('"data": "countdown"' in run.read_text() if run.exists() else run.parts[0] == "out"
               for run in (Path(name, "config.json") for name in args.models if name != "countdown"))
     sets = {} if args.rescore else {  # all, before the first is sampled

@@ -1296,6 +1296,63 @@ def test_eval_shows_levels_and_subjects(evaluation, base):
     assert status == 0 and "| level" in out and "Level 2 |" in out and "Algebra |" in out
 
 
+def write_runs():
+    """Logs of two seeds of a and one of b: Pass@1 and Pass@4 every other step, more at each."""
+    for run, ones, fours in (("a-s0", (0.1, 0.2, 0.4), (0.9, 0.8, 0.6)),
+                             ("a-s1", (0.1, 0.3, 0.2), (0.7, 0.5, 0.6)),
+                             ("b-s0", (0.2, 0.2, 0.2), (0.5, 0.4, 0.3))):
+        rows = []
+        for step in range(5):
+            if step:
+                rows.append({"step": step, "steps": 4, "length": 10 * step, "time": {"update": 2.0},
+                             "spread": None if step == 2 else [step, step + 1, step + 2]})
+            if step % 2 == 0:
+                rows.append({"step": step, "length": 99, "distinct": 5 - step / 4,
+                             "pass_at_k": {"1": ones[step // 2], "4": fours[step // 2]}})
+        nsr.write_log(Path("out", run, "metrics.jsonl"), rows)
+    return [Path("out", run) for run in ("a-s0", "a-s1", "b-s0")]
+
+
+def test_eval_log_by_hand(evaluation):
+    runs = write_runs()
+    flags = *runs, "--log", "Pass@1:Pass@4", "step:length", "step:spread", "distinct:update"
+    assert evaluation(*flags)[0] == 2  # no line has both
+    status, out, err = evaluation(*flags[:-1], "--save", "t")
+    assert (status, err) == (0, "") and {p.suffix for p in Path().glob("t.*")} == {
+        ".csv", ".md", ".png", ".svg"}
+    assert "| out/b-s0 |   .300 | 40.000 |     4.000 |     5.000 |     6.000 |" in out
+    assert saved("t")["out/a-s1", "Pass@4"][0] == 0.6
+    evaluation(*flags[:-1], "--save", "t", "--group")
+    value, low, high = saved("t")["a", "Pass@4"]  # two seeds that agree
+    assert value == low == high == pytest.approx(0.6)
+    assert saved("t")["b", "spread[2]"][0] == 6
+
+
+def test_eval_log_at_equal_x_by_hand(evaluation):
+    status, out, _ = evaluation(*write_runs(), "--group", "--log", "Pass@1:Pass@4", "--at", 0.15,
+                                0.2, 0.35, "--save", "t")
+    numbers = saved("t")
+    value, low, high = numbers["a", "Pass@4 at Pass@1 0.15"]  # .85 and .65, at the first crossing
+    assert value == pytest.approx(0.75)
+    assert high - value == pytest.approx(value - low) == pytest.approx(12.706 * 0.1)  # t, 1 d.o.f.
+    assert numbers["a", "Pass@4 at Pass@1 0.2"][0] == pytest.approx((0.8 + 0.6) / 2)
+    assert numbers["b", "Pass@4 at Pass@1 0.2"][0] == 0.5  # where it first is there
+    assert math.isnan(numbers["a", "Pass@4 at Pass@1 0.35"][0])  # one seed never gets there
+    assert status == 0 and re.search(r"\| b +\| +- \| +\.500 \| +- \|", out)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--log", "step:length"], "give models"), (["out/a-s0", "--at", "1"], "--log X:Y"),
+    (["out/a-s0", "--log", "step:lenth"], "distinct, Pass@1, Pass@4, steps, spread, update"),
+    (["out/a-s0", "--log", "spread:length"], "X a number"), (["out/a-s0", "--log", "step"], "keys"),
+    (["out/none", "--log", "step:length"], "directory of a run"),
+    (["out/a-s0", "--log", "step:length", "--rescore", "f"], "give models")])
+def test_eval_log_refuses_in_one_line(evaluation, flags, said):
+    write_runs()
+    status, _, err = evaluation(*flags)
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+
+
 # --------------------------------------------------------------------------------------------------
 # runs
 
@@ -2201,4 +2258,4 @@ def test_linear_peak_memory(tmp_path):
 
 def test_docstrings():
     import doctest
-    assert doctest.testmod(nsr).failed == 0
+    assert doctest.testmod(nsr).failed == doctest.testmod(evaluation_command).failed == 0
