@@ -327,8 +327,9 @@ def main():
     if args.log:
         report_log(args)
         return 0
+    runs = [Path(name, "config.json") for name in args.models if name not in nsr.BASES]
     own = all('"data": "countdown"' in run.read_text() if run.exists() else run.parts[0] == "out"
-              for run in (Path(name, "config.json") for name in args.models if name != "countdown"))
+              for run in runs)
     sets = {} if args.rescore else {  # all, before the first is sampled
         data: (nsr.load_problems(Config())[1] if data == "countdown" else
                nsr.shuffled_problems(data))[: args.problems]

@@ -88,7 +88,8 @@ class Config:
     method: str = flag("a-nsr", "how a verdict becomes an advantage", METHODS)
     preset: str = flag("", "where settings start from: countdown, qwen-math (one GPU), "
                        "qwen-math-paper; default: qwen-math if --model or --data is not countdown")
-    model: str = flag("countdown", "causal LM: a directory, out/NAME of a run, a hub name")
+    model: str = flag("countdown", "causal LM: a directory, out/NAME of a run, a hub name, "
+                      "countdown, countdown-strong")
     data: str = flag("countdown", "problems: a JSON Lines file, hf://datasets/OWNER/NAME/FILE, "
                      "countdown, math-train, math-test, math500, amc23, aime2025")
     eval_data: str = flag("", "held-out problems, named likewise; default: some of --data")
@@ -157,7 +158,7 @@ def resolve(given):
 
     Raises UserError where they do not fit together.
     """
-    own = any(given.get(knob, "countdown") != "countdown" for knob in ("model", "data"))
+    own = any(given.get(knob, "countdown") not in BASES for knob in ("model", "data"))
     preset = given.get("preset") or ("qwen-math" if own else "countdown")
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: unknown; choose from {', '.join(PRESETS)}")
@@ -1047,7 +1048,7 @@ def load_model(name, device, kind=AutoModelForCausalLM, **options):
     The model is in float32, without dropout: rollout and training pass see one policy.
     Raises UserError.
     """
-    path = on_first_rank(countdown_base) if name == "countdown" else name
+    path = on_first_rank(partial(countdown_base, BASES[name])) if name in BASES else name
     path = Path(path, "checkpoint") if Path(path, "checkpoint").is_dir() else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -1066,6 +1067,13 @@ def load_model(name, device, kind=AutoModelForCausalLM, **options):
         tokens = {k: getattr(model.generation_config, k) for k in ("eos_token_id", "pad_token_id")}
         model.generation_config = transformers.GenerationConfig(**tokens)  # others may fail to save
     return model.to(device), tokenizer
+
+
+def checkpoint_activations(model):
+    """Let backward compute the activations of each layer again rather than keep them."""
+    model.activation_checkpointing_enable()
+    for layer in model.modules():  # else they go without a cache: Prompts is fit for it
+        layer._can_checkpoint_with_cache = True
 
 
 def speaks_chat_ml(model, tokenizer):
@@ -1117,18 +1125,19 @@ def encode_prompts(problems, model, tokenizer, cfg):
     return map(list, zip(*kept))
 
 
-WARM_UP = dict(seed=0, steps=2500, batch=64, lr=4e-3)
+WARM_UP = dict(seed=0, batch=64, lr=4e-3)
+BASES = {"countdown": 2500, "countdown-strong": 12000}  # steps of it
 
 
-def countdown_base():
-    """Directory of the embedded base policy, made on first use: a minute or two on two cores.
+def countdown_base(steps):
+    """Directory of an embedded base policy, made on first use: 2,500 steps take a minute or two.
 
     Supervised on random correct expressions of problems that are not held out, for few enough
     steps that it stays imperfect and diverse: what a base model is to reinforcement learning.
     """
     made_by = (countdown_problems, countdown_example, random_expression, shuffled_problems,
                load_problems, countdown_tokenizer, countdown_config, countdown_base, warm_up)
-    key = repr((WARM_UP, torch.__version__, transformers.__version__,
+    key = repr((WARM_UP, steps, torch.__version__, transformers.__version__,
                 *map(inspect.getsource, made_by)))
     path = Path("out", f"base-{hashlib.sha1(key.encode()).hexdigest()[:10]}")
     torch.set_num_threads(1)  # so small a model that more would only wait for each other
@@ -1136,7 +1145,7 @@ def countdown_base():
         tokenizer = countdown_tokenizer()
         torch.manual_seed(WARM_UP["seed"])
         model = AutoModelForCausalLM.from_config(countdown_config())
-        warm_up(model, tokenizer, **WARM_UP)
+        warm_up(model, tokenizer, steps, **WARM_UP)
         with whole_directory(path) as unfinished:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
@@ -1166,7 +1175,7 @@ def countdown_tokenizer():
     return tokenizer
 
 
-def warm_up(model, tokenizer, seed, steps, batch, lr):
+def warm_up(model, tokenizer, steps, seed, batch, lr):
     """Supervised training of the base policy on `steps` batches of random correct expressions."""
     live(f"making the base policy, once: {steps} steps of supervised warm-up", done=True)
     rng, started = random.Random(seed), time.time()
@@ -1240,22 +1249,61 @@ def draw(logits, u, temperature, top_p):
     return torch.cat(tokens)[:, 0], torch.cat(logp)[:, 0]
 
 
-def prefill(model, prompts):
-    """(logits (B, V) of the first tokens, [keys, values of each layer in turn]) of B prompts.
-
-    Keys and values are (B, heads, P, head_dim), padded on the left. Raises UserError.
-    """
-    pads = [max(map(len, prompts)) - len(p) for p in prompts]
-    ids = torch.tensor([[0] * n + p for n, p in zip(pads, prompts)], device=model.device)
+def padded(rows, device, left=False):
+    """(ids, mask) (B, T) int64 and bool: lists of token ids, with pads up to the longest."""
+    lengths, column = torch.tensor([[len(row)] for row in rows]), torch.arange(max(map(len, rows)))
+    pads = [[0] * (len(column) - len(row)) for row in rows]
+    ids = [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads)]
     # mask from lengths, not ids: pad may equal eos
-    mask = (torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]).long().to(model.device)
-    cache = transformers.DynamicCache()
-    logits = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                   cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    mask = column >= len(column) - lengths if left else column < lengths
+    return torch.tensor(ids, device=device), mask.to(device)
+
+
+class Prompts(transformers.Cache):
+    """Keys and values of prompts: kept while they are read, then put before their responses' own.
+
+    A layer that runs again changes nothing, as gradient checkpointing asks.
+    """
+
+    def __init__(self, kv=(), owner=None):
+        super().__init__(layers=[])
+        self.kv = [*kv]  # of each layer in turn, (prompts, heads, P, head_dim)
+        self.owner = owner  # (B,) the prompt of each response; None while prompts are read
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        place = slice(2 * layer_idx, 2 * layer_idx + 2)
+        if self.owner is None:
+            self.kv[place] = keys, values
+            return keys, values
+        return [torch.cat([x.index_select(0, self.owner), new], dim=2)
+                for x, new in zip(self.kv[place], (keys, values))]
+
+    def get_seq_length(self, layer_idx=0):
+        return 0 if self.owner is None else self.kv[0].shape[2]
+
+    def get_mask_sizes(self, query_length, layer_idx):
+        return self.get_seq_length() + query_length, 0
+
+
+def read_prompts(forward, prompts, device, **options):
+    """(what forward gives at the last token of prompts (B, 1, ...), mask (B, P) bool, kv).
+
+    forward: a model or a part of it; kv: as in Prompts, padded on the left.
+    """
+    ids, mask = padded(prompts, device, left=True)
+    cache, seen = Prompts(), mask.long()
+    found = forward(ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
+                    cache=cache, use_cache=True, **options)[0]
+    return found[:, -1:], mask, cache.kv
+
+
+def prefill(model, prompts):
+    """(logits (B, V) of the first tokens, kv as in Prompts) of B prompts. Raises UserError."""
+    logits, _, kv = read_prompts(model, prompts, model.device, logits_to_keep=1)
     if logits.softmax(-1).isnan().any():
         raise UserError("the model's logits are not finite: it has diverged, or its weights are "
                         "damaged; start again with a lower --lr, or another model")
-    return logits, [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    return logits[:, 0], kv
 
 
 class Rows(transformers.Cache):
@@ -1439,19 +1487,24 @@ def rollout(model, prompts, seeds, max_new_tokens, stop_ids, *, temperature=1.0,
                 logits = batch.forward(model, longest, max_new_tokens)
 
 
-def collate(responses, device):
-    """Responses as tensors: prompts padded on the left to P tokens, responses on the right to R.
+def read_responses(forward, responses, device, **options):
+    """What forward gives before each response token (B, R, ...), the tokens (B, R), loss mask.
 
-    Returns ids (B, P + R) int64, attention mask (B, P + R) int64, loss mask (B, R) bool: the
-    tokens of the response, its stop token included.
+    The loss mask is (B, R) bool: the tokens of the response, its stop token included. A prompt is
+    read once, however many of the responses are to it; options: of that pass.
     """
-    p, r = max(len(x.prompt_ids) for x in responses), max(len(x.ids) for x in responses)
-    pads = [(p - len(x.prompt_ids), r - len(x.ids)) for x in responses]
-    ids = [[0] * a + x.prompt_ids + x.ids + [0] * b for x, (a, b) in zip(responses, pads)]
-    left, right = torch.tensor(pads).T[..., None]
-    column = torch.arange(p + r)
-    mask = (column >= left) & (column < p + r - right)  # from lengths, not ids: pad may equal eos
-    return torch.tensor(ids, device=device), mask.long().to(device), mask[:, p:].to(device)
+    row = {}
+    owner = torch.tensor([row.setdefault(tuple(x.prompt_ids), len(row)) for x in responses],
+                         device=device)
+    first, seen, kv = read_prompts(forward, [*row], device, **options)
+    first, seen = first.index_select(0, owner), seen[owner]
+    ids, loss_mask = padded([x.ids for x in responses], device)
+    if ids.shape[1] == 1:
+        return first, ids, loss_mask
+    seen = torch.cat([seen, loss_mask[:, :-1]], dim=1).long()
+    later = forward(ids[:, :-1], attention_mask=seen, use_cache=True, cache=Prompts(kv, owner),
+                    position_ids=(seen.cumsum(-1) - 1)[:, 1 - ids.shape[1] :])[0]
+    return torch.cat([first, later], dim=1), ids, loss_mask
 
 
 @lru_cache(maxsize=2)  # the policy and its reference
@@ -1469,16 +1522,14 @@ def linear_head(model):
 
 def token_stats(model, responses, temperature):
     """(TokenStats, loss mask) of the tokens of responses: (B, R), (B, R), (B,) float32; (B, R)."""
-    ids, mask, loss_mask = collate(responses, model.device)
-    r, positions = loss_mask.shape[1], (mask.cumsum(-1) - 1).clamp(min=0)
-    inputs = dict(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False,
-                  position_ids=positions[:, :-1])
-    head, scored = linear_head(model), dict(temperature=temperature, mask=loss_mask)
+    head = linear_head(model)
     if head is None:
-        logits = model(**inputs, logits_to_keep=r).logits
-        return token_stats_from_logits(logits, ids[:, -r:], **scored), loss_mask
-    hidden = model.base_model(**inputs)[0][:, -r:]  # prompts and padding never reach the head
-    return linear_logprobs(hidden, head.weight, ids[:, -r:], bias=head.bias, **scored), loss_mask
+        logits, ids, loss_mask = read_responses(model, responses, model.device, logits_to_keep=1)
+        return token_stats_from_logits(logits, ids, temperature=temperature,
+                                       mask=loss_mask), loss_mask
+    hidden, ids, loss_mask = read_responses(model.base_model, responses, model.device)
+    return linear_logprobs(hidden, head.weight, ids, bias=head.bias, temperature=temperature,
+                           mask=loss_mask), loss_mask  # padding never reaches the head
 
 
 def micro_batches(responses, rows, micro_tokens):
@@ -1495,10 +1546,8 @@ def micro_batches(responses, rows, micro_tokens):
 
 def critic_values(critic, responses):
     """(values, loss mask) (B, R): what the critic expects to come before each response token."""
-    ids, mask, loss_mask = collate(responses, critic.device)
-    values = critic(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False,
-                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]).logits
-    return values[:, -loss_mask.shape[1] :, 0].float(), loss_mask
+    values, _, loss_mask = read_responses(critic, responses, critic.device)
+    return values[..., 0].float(), loss_mask
 
 
 @torch.no_grad()
@@ -1742,7 +1791,7 @@ def memory_needs(cfg, device):
     decoder with gated MLP: its inputs, norms, queries, keys, values and the MLP's four tensors.
     """
     try:
-        config = countdown_config() if cfg.model == "countdown" else AutoConfig.from_pretrained(
+        config = countdown_config() if cfg.model in BASES else AutoConfig.from_pretrained(
             next(path for path in (Path(cfg.model, "checkpoint"), cfg.model)
                  if path == cfg.model or path.is_dir()))
         with torch.device("meta"):
@@ -2070,18 +2119,20 @@ def collect(run):
 
 def measure(run, batch, asked, texts, correct, entropy, confidence):
     """(metrics, a correct and an incorrect sample) of a step, over the responses of all ranks."""
-    adv, rows = batch.adv.view(len(texts), -1), []
-    for i, (r, problem, text) in enumerate(zip(batch.responses, asked, texts)):
-        n, answer = len(r.ids), extract_answer(text)
+    rows, tokens = [], torch.tensor([len(r.ids) for r in batch.responses])
+    gap = pad(batch.old_logp).cpu() - pad([torch.tensor(r.logp) for r in batch.responses])
+    adv = batch.adv.cpu() if batch.adv.dim() == 1 else batch.adv.cpu().sum(1) / tokens
+    columns = (tokens, correct, pad(entropy).sum(1), confidence, adv, gap.abs().sum(1))
+    for r, problem, text, n, ok, nats, c, a, off in zip(
+            batch.responses, asked, texts, *(column.tolist() for column in columns)):
+        answer = extract_answer(text)
         rows.append({
-            "responses": 1, "tokens": n, "correct": bool(correct[i]), "boxed": answer is not None,
+            "responses": 1, "tokens": n, "correct": ok, "boxed": answer is not None,
             "unparsed": (answer is not None and problem.verify is verify
                          and parse_answer(answer) is None),
-            "truncated": not r.stopped, "entropy": float(entropy[i].sum()),
-            "logp": math.log(max(float(confidence[i]), 1e-30)), "adv": float(adv[i, :n].mean()),
-            "gap": float((batch.old_logp[i].cpu() - torch.tensor(r.logp)).abs().sum()),
-            "question": problem.question, "answer": problem.answer, "response": text,
-            "confidence": float(confidence[i])})
+            "truncated": not r.stopped, "entropy": nats, "confidence": c,
+            "logp": math.log(max(c, 1e-30)), "adv": a, "gap": off, "question": problem.question,
+            "answer": problem.answer, "response": text})
     rows = gather(rows)
     right, wrong = ([row for row in rows if row["correct"] is ok] for ok in (True, False))
 
@@ -2402,7 +2453,7 @@ def open_run(given):
         critic = load_model(cfg.model, device, AutoModelForTokenClassification, num_labels=1)[0]
         critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr)
     for part in filter(None, (model, critic)) if cfg.gradient_checkpointing else ():
-        part.activation_checkpointing_enable()
+        checkpoint_activations(part)
     for name, part in (("critic", critic), ("optimizer", optimizer),
                        ("critic_optimizer", critic_optimizer)):
         if name in state:

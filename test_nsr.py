@@ -137,10 +137,13 @@ def same(a, b):
 
 
 def a_batch(model, lengths=((3, 5), (6, 2), (4, 4), (6, 7), (2, 1), (5, 3)), adv=None, seed=0):
-    """A Batch of random tokens with given (prompt, response) lengths, scored by `model`."""
+    """A Batch of random tokens with given (prompt, response) lengths, scored by `model`.
+
+    Prompts of one length are one prompt.
+    """
     rng, words = random.Random(seed), model.config.vocab_size
-    responses = [nsr.Response([rng.randrange(words) for _ in range(p)],
-                              [rng.randrange(1, words) for _ in range(r - 1)] + [0],
+    prompt = {p: [rng.randrange(words) for _ in range(p)] for p, _ in lengths}
+    responses = [nsr.Response(prompt[p], [rng.randrange(1, words) for _ in range(r - 1)] + [0],
                               [0.0] * r, True) for p, r in lengths]
     old_logp = nsr.score(model, responses, nsr.Config())[0]
     adv = torch.tensor(adv or [1.0, -1.0, 0.0, -0.5, 1.0, -1.0][: len(lengths)])
@@ -751,10 +754,12 @@ def test_masks_come_from_lengths_when_pad_is_eos(model):
     """Token 0 is pad, eos and stop token: in the middle, at the end and beyond."""
     responses = [nsr.Response([0, 3, 0], [4, 0], [], True), nsr.Response([5], [0], [], True),
                  nsr.Response([6, 7], [8, 0, 9, 1], [], False)]
-    ids, mask, loss_mask = nsr.collate(responses, "cpu")
-    assert loss_mask.int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
-    assert mask.tolist() == [[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0, 0], [0] + [1] * 6]
-    assert ids.tolist()[2] == [0, 6, 7, 8, 0, 9, 1]
+    ids, mask = nsr.padded([r.prompt_ids for r in responses], "cpu", left=True)
+    assert ids.tolist() == [[0, 3, 0], [0, 0, 5], [0, 6, 7]]
+    assert mask.int().tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+    ids, mask = nsr.padded([r.ids for r in responses], "cpu")
+    assert ids.tolist() == [[4, 0, 0, 0], [0, 0, 0, 0], [8, 0, 9, 1]]
+    assert mask.int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
     stats, _ = nsr.token_stats(model, responses, 1.0)
     for i, r in enumerate(responses):
         close(stats.logprobs[i, : len(r.ids)], logp_alone(model, r))
@@ -1063,7 +1068,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer):
     for on in (False, True):
         model = tiny_model(tokenizer)
         if on:
-            model.activation_checkpointing_enable()
+            nsr.checkpoint_activations(model)
         batch = a_batch(model)
         count = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: count.append(1))
@@ -1072,7 +1077,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer):
         nsr.update(run, batch)
         grads.append(run.optimizer.seen[0])
         passes.append(len(count))
-    assert passes == [1, 2]
+    assert passes == [2, 4]  # prompts and responses, twice
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
 
