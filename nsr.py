@@ -1042,14 +1042,20 @@ def over_ranks(*numbers):
 # model
 
 
+def model_path(name):
+    """Where the files of a model are: in the checkpoint of a run, in a directory, on the hub."""
+    checkpoint = Path(name, "checkpoint")
+    return checkpoint if checkpoint.is_dir() else name
+
+
 def load_model(name, device, kind=AutoModelForCausalLM, **options):
     """(model, tokenizer) from a directory, a run's out/NAME, a hub name, or countdown.
 
     The model is in float32, without dropout: rollout and training pass see one policy.
     Raises UserError.
     """
-    path = on_first_rank(partial(countdown_base, BASES[name])) if name in BASES else name
-    path = Path(path, "checkpoint") if Path(path, "checkpoint").is_dir() else path
+    path = (on_first_rank(partial(countdown_base, BASES[name])) if name in BASES else
+            model_path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = kind.from_pretrained(path, dtype=torch.float32, **options)
@@ -1394,6 +1400,12 @@ class Rows(transformers.Cache):
         self.first -= by
 
 
+def large_linears(model):
+    """The linear layers that packed_linears() is worth its copy for."""
+    return [m for m in model.modules()
+            if type(m) is torch.nn.Linear and m.weight.numel() > 2**16]
+
+
 def packed_linears(model, rows):
     """[(module, forward)]: linear layers with their weights copied into oneDNN's blocked order.
 
@@ -1407,8 +1419,7 @@ def packed_linears(model, rows):
         weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, "none", [], "")
 
-    return [(m, packed(m)) for m in model.modules()
-            if type(m) is torch.nn.Linear and m.weight.numel() > 2**16]
+    return [(m, packed(m)) for m in large_linears(model)]
 
 
 @contextlib.contextmanager
@@ -1533,13 +1544,17 @@ def token_stats(model, responses, temperature):
 
 
 def micro_batches(responses, rows, micro_tokens):
-    """Cut `rows` (row numbers) into lists of like length that fit the budget, padding included."""
-    cut, p, r = [], 0, 0
+    """Cut `rows` (row numbers) into lists of like length that fit the budget.
+
+    It counts what read_responses() passes: each prompt once, and padding.
+    """
+    cut, p, r, prompts = [], 0, 0, set()
     for i in sorted(rows, key=lambda i: len(responses[i].prompt_ids) + len(responses[i].ids)):
-        p, r = max(p, len(responses[i].prompt_ids)), max(r, len(responses[i].ids))
-        if not cut or (len(cut[-1]) + 1) * (p + r) > micro_tokens:
+        prompt, n = tuple(responses[i].prompt_ids), len(responses[i].ids)
+        p, r, prompts = max(p, len(prompt)), max(r, n), prompts | {prompt}
+        if not cut or len(prompts) * p + (len(cut[-1]) + 1) * r > micro_tokens:
             cut.append([])
-            p, r = len(responses[i].prompt_ids), len(responses[i].ids)
+            p, r, prompts = len(prompt), n, {prompt}
         cut[-1].append(i)
     return cut
 
@@ -1791,9 +1806,8 @@ def memory_needs(cfg, device):
     decoder with gated MLP: its inputs, norms, queries, keys, values and the MLP's four tensors.
     """
     try:
-        config = countdown_config() if cfg.model in BASES else AutoConfig.from_pretrained(
-            next(path for path in (Path(cfg.model, "checkpoint"), cfg.model)
-                 if path == cfg.model or path.is_dir()))
+        config = (countdown_config() if cfg.model in BASES else
+                  AutoConfig.from_pretrained(model_path(cfg.model)))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as e:  # as in load_model
@@ -1812,26 +1826,21 @@ def memory_needs(cfg, device):
     cached = min(cfg.rollout_tokens, cfg.prompts * cfg.group_size // WORLD_SIZE * longest * 9 // 8)
     layer = 8 * width + 3 * kv + 4 * inner  # numbers a token
     kept = layers * width + layer if cfg.gradient_checkpointing else layers * layer
-    micro = min(max(cfg.micro_tokens, longest), cfg.prompts * cfg.group_size * longest)
+    mini_batch = cfg.prompts // (cfg.updates * WORLD_SIZE) * (
+        cfg.max_prompt_tokens + cfg.group_size * cfg.max_new_tokens)
+    micro = min(max(cfg.micro_tokens, longest), mini_batch)
     parts = {"weights": 4 * n * models + 2 * n * bf16, "optimizer": n * trained * {
         "float32": 8, "bf16": 4, "cpu": 8 * on_cpu}[cfg.optimizer_state]}
     rollout = {"KV cache": cached * 2 * layers * kv * size,
                "weights in the order of the CPU": on_cpu * 4 * sum(
-                   m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear
-                   and m.weight.numel() > 2**16)}
+                   m.weight.numel() for m in large_linears(model))}
     update = {"gradient": 4 * n, "activations": micro * kept * size,
               "chunk of logits": min(2**28, micro * config.vocab_size * size)}
     parts |= max(rollout, update, key=lambda part: sum(part.values()))
     # by measurement: a quarter more for temporaries and what the allocator cannot use again
     parts["temporaries"] = sum(parts.values()) // 4
-    return parts | {"torch and this program": resident_memory() + 2**27} if on_cpu else parts
-
-
-def resident_memory():
-    """Bytes of memory that this process holds now; 0 where the system does not tell."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return 0
+    program = {"torch and this program": int(peak_memory(device) * 1e9) + 2**27}
+    return parts | program if on_cpu else parts
 
 
 @dataclass

@@ -800,9 +800,11 @@ def test_micro_batches_hold_every_row_within_the_budget(model):
         cut = nsr.micro_batches(responses, range(6), budget)
         assert sorted(itertools.chain(*cut)) == list(range(6))
         for rows in cut:
-            wide = sum(max(len(responses[i][part]) for i in rows) for part in (0, 1))
-            assert len(rows) == 1 or len(rows) * wide <= budget
-    assert len(nsr.micro_batches(responses, range(6), 1000)) == 1
+            p, r = (max(len(responses[i][part]) for i in rows) for part in (0, 1))
+            prompts = {tuple(responses[i].prompt_ids) for i in rows}
+            assert len(rows) == 1 or len(prompts) * p + len(rows) * r <= budget
+    assert len(nsr.micro_batches(responses, range(6), 5 * 6 + 6 * 7)) == 1  # two share a prompt
+    assert len(nsr.micro_batches(responses, range(6), 5 * 6 + 6 * 7 - 1)) == 2
 
 
 # --------------------------------------------------------------------------------------------------
