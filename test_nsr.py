@@ -973,10 +973,10 @@ def test_expected_gradients_by_enumeration():
             ids = prefix + (v,)
             yield from [ids] if v == stop or len(ids) == T else responses(ids)
 
-    def right(ids):
+    def odd(ids):
         return sum(ids) % 2 == 1
 
-    def expected_gradient(method, t=30):
+    def expected_gradient(method, right=odd, t=30):
         lam, beta = nsr.method_weights(nsr.Config(method=method), t, accuracy=0.5)
         total = torch.zeros_like(z)
         for ids in responses():
@@ -997,6 +997,15 @@ def test_expected_gradients_by_enumeration():
     torch.testing.assert_close(expected_gradient("a-nsr"), (lam + beta) * psr, atol=1e-7, rtol=1e-5)
     other = expected_gradient("cw-nsr")
     assert torch.nn.functional.cosine_similarity(other.flatten(), psr.flatten(), 0) < 0.999
+    # where all are wrong nsr asks for nothing, cw-nsr for more entropy
+    entropy = torch.zeros(())
+    for ids in responses():
+        logp = sum(z[i, ids[i - 1] if i else 0].log_softmax(-1)[v] for i, v in enumerate(ids))
+        entropy = entropy - logp.exp() * logp
+    upwards, = torch.autograd.grad(entropy, z)
+    assert expected_gradient("nsr", right=lambda ids: False).norm() < 1e-7
+    flatter = -expected_gradient("cw-nsr", right=lambda ids: False)  # the way of a descent
+    assert torch.nn.functional.cosine_similarity(flatter.flatten(), upwards.flatten(), 0) > 0.5
 
 
 class Recorder(torch.optim.SGD):
