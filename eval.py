@@ -26,7 +26,7 @@ SAMPLING = {  # on countdown: what training samples with; else what the papers e
     False: dict(temperature=0.6, top_p=0.95, max_new_tokens=3072)}
 SETTINGS = "model", "weights", "data", "n", *SAMPLING[True]  # in every row that is sampled here
 FIELDS = {"question_id", "generation_id", "response", "gold_answer", "label"}  # in every row
-# Student's t at 97.5% by the number of seeds, from 1; from 10 on the last, a little too wide
+# Student's t at 97.5% by the degrees of freedom
 STUDENT_T = np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 COLORS = "#000000 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9".split()  # of Okabe and Ito
 
@@ -265,20 +265,24 @@ def report_log(args):
                      for at in args.at or ()} or {y: seeds[:, -1, 1:]}
             for name, values in named.items():
                 for j, ends in enumerate(np.transpose(values)):  # of a column, (seeds,)
-                    error, middle = ends.std() / max(1, len(ends) - 1) ** 0.5, ends.mean()
-                    half = STUDENT_T[min(len(ends), 10) - 1] * error
-                    cells[label, f"{name}[{j}]" if mean.shape[1] > 2 else name] = (
-                        middle, middle - half, middle + half)
-    rows = [["", *dict.fromkeys(column for _, column in cells)]]
-    for label in runs:
-        numbers = (cells[label, column] for column in rows[0][1:])
-        rows.append([label, *(digits(value) if np.isnan(low) else f"{digits(value)} ({digits(low)} "
-                              f"{digits(high)})" for value, low, high in numbers)])
+                    column = f"{name}[{j}]" if mean.shape[1] > 2 else name
+                    cells.setdefault(column, {})[label] = ends
+    rows, records = [["", *cells], *([label] for label in runs)], []
+    for column, ends_of in cells.items():
+        errors = [ends - ends.mean() for ends in ends_of.values() if not np.isnan(ends).any()]
+        freedom = sum(len(error) - 1 for error in errors)
+        t = STUDENT_T[freedom] if freedom < 10 else 1.96 + 2.5 / freedom
+        spread = (sum(error @ error for error in errors) / max(1, freedom)) ** 0.5
+        for row, (label, ends) in zip(rows[1:], ends_of.items()):
+            half, value = t * spread / len(ends) ** 0.5, ends.mean()
+            low, high = value - half, value + half
+            records.append(("log", label, column, value, low, high))
+            row.append(digits(value) + f" ({digits(low)} {digits(high)})" * bool(low <= high))
     page = ("Where X first crosses a value, linear between points (-: some seed never does)"
             if args.at else "Last values") + (
-            ", mean and 95% interval by Student's t over seeds" * args.group)
-    publish("\n".join([f"{page}:\n", *nsr.table(rows), ""]), panels,
-            [("log", *key, *numbers) for key, numbers in cells.items()], args)
+            ", mean over seeds and its 95% interval by Student's t with one variance for all rows"
+            * args.group)
+    publish("\n".join([f"{page}:\n", *nsr.table(rows), ""]), panels, records, args)
 
 
 def publish(page, panels, records, args):

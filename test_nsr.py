@@ -1354,7 +1354,9 @@ def test_eval_log_at_equal_x_by_hand(evaluation):
     assert numbers["a", "Pass@4 at Pass@1 0.2"][0] == pytest.approx((0.8 + 0.6) / 2)
     assert numbers["b", "Pass@4 at Pass@1 0.2"][0] == 0.5  # where it first is there
     assert math.isnan(numbers["a", "Pass@4 at Pass@1 0.35"][0])  # one seed never gets there
-    assert status == 0 and re.search(r"\| b +\| +- \| +\.500 \| +- \|", out)
+    # the spread between seeds is that of all rows: .8 and .6 of a, none of b
+    assert numbers["b", "Pass@4 at Pass@1 0.2"][2] == pytest.approx(0.5 + 12.706 * 0.1 * 2**0.5)
+    assert status == 0 and re.search(r"\| b +\| +- \| +\.500 \(-1\.297 2\.297\) \| +- \|", out)
 
 
 @pytest.mark.parametrize("flags, said", [
