@@ -26,7 +26,7 @@ SAMPLING = {  # on countdown: what training samples with; else what the papers e
     False: dict(temperature=0.6, top_p=0.95, max_new_tokens=3072)}
 SETTINGS = "model", "weights", "data", "n", *SAMPLING[True]  # in every row that is sampled here
 FIELDS = {"question_id", "generation_id", "response", "gold_answer", "label"}  # in every row
-# Student's t at 97.5% by the degrees of freedom
+# Student's t at 97.5% by degrees of freedom; from 10 on it is 1.96 + 2.5 / n, to within 1%
 STUDENT_T = np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 COLORS = "#000000 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9".split()  # of Okabe and Ito
 
@@ -35,7 +35,8 @@ def parse_flags():
     """The flags of the command line, checked. Raises UserError."""
     parser = nsr.flag_parser(__doc__)
     flag = parser.add_argument
-    flag("models", nargs="*", metavar="MODEL", help="a directory, out/NAME, a hub name, countdown")
+    flag("models", nargs="*", metavar="MODEL", help="a directory, out/NAME, a hub name, countdown, "
+         "countdown-strong")
     flag("--data", nargs="+", metavar="SET", help="[countdown; else math-test aime2025 amc23]")
     flag("-n", type=int, default=256, help="responses to each problem [256]")
     flag("-k", type=int, nargs="+", metavar="K", help="columns of the table [1 2 4 ... n]")
@@ -49,7 +50,8 @@ def parse_flags():
     flag("--group", action="store_true", help="NAME-s0, NAME-s1, ... are seeds of one model")
     flag("--save", metavar="NAME", help="also write NAME.md, NAME.csv, NAME.png and NAME.svg")
     flag("--log", nargs="+", metavar="X:Y", help="sample none; draw Y against X along the training "
-         "of each MODEL (out/NAME), keys of its metrics.jsonl or Pass@1, ...; a table of last Y")
+         "of each MODEL (out/NAME), keys of its metrics.jsonl or Pass@1, ...; a table of last Y "
+         "(flags of sampling do nothing)")
     flag("--at", nargs="+", type=float, metavar="X", help="with --log: Y where X is first reached")
     flag("--out", default="out/eval", metavar="DIR", help="where responses are kept [out/eval]")
     flag("--rescore", nargs="+", metavar="FILE", help="sample none; verify again what files hold")
@@ -59,6 +61,8 @@ def parse_flags():
         parser.error("give models to evaluate, the runs (first) of --log, or files to --rescore")
     if args.at and not args.log:
         parser.error("--at goes with --log X:Y")
+    if args.log and not args.at and len({p.partition(":")[2] for p in args.log}) < len(args.log):
+        parser.error("--log: two X:Y with one Y, whose last value the table has once; ask twice")
     for name in "-n --problems --temperature --top-p --max-new-tokens --rollout-tokens".split():
         if (value := getattr(args, name.strip("-").replace("-", "_"))) is not None and value <= 0:
             parser.error(f"{name} {value}: must be above 0")
@@ -224,7 +228,7 @@ def crossing(points, x):
     >>> crossing(np.array([[0.0, 10], [2, 30], [1, 50]]), 1.5)
     array([25.])
     """
-    for (x0, *y0), (x1, *y1) in zip(points, points[1:]):
+    for (x0, *y0), (x1, *y1) in zip(points, [*points[1:], points[-1]]):
         if min(x0, x1) <= x <= max(x0, x1):
             return np.array(y0) + (x - x0) / (x1 - x0 or 1) * np.subtract(y1, y0)
     return np.full(points.shape[1] - 1, np.nan)
@@ -242,7 +246,7 @@ def read_points(run, x, y):
         keys = ", ".join(dict.fromkeys(key for row in rows for key in row))
         raise UserError(f"--log {x}:{y}: no line of {log} has both, X a number; the keys there are "
                         f"{keys or 'none: is it the directory of a run?'}")
-    found = [row for row in found if "steps" in row] or found  # length in training, not evaluation
+    found = [row for row in found if "steps" in row] or found  # of a key of both, training's
     return {row["step"]: np.append(row[x], row[y]) for row in found}
 
 
@@ -268,7 +272,7 @@ def report_log(args):
                     column = f"{name}[{j}]" if mean.shape[1] > 2 else name
                     cells.setdefault(column, {})[label] = ends
     rows, records = [["", *cells], *([label] for label in runs)], []
-    for column, ends_of in cells.items():
+    for column, ends_of in cells.items():  # one variance: two or three seeds say little of it
         errors = [ends - ends.mean() for ends in ends_of.values() if not np.isnan(ends).any()]
         freedom = sum(len(error) - 1 for error in errors)
         t = STUDENT_T[freedom] if freedom < 10 else 1.96 + 2.5 / freedom
@@ -279,9 +283,9 @@ def report_log(args):
             records.append(("log", label, column, value, low, high))
             row.append(digits(value) + f" ({digits(low)} {digits(high)})" * bool(low <= high))
     page = ("Where X first crosses a value, linear between points (-: some seed never does)"
-            if args.at else "Last values") + (
-            ", mean over seeds and its 95% interval by Student's t with one variance for all rows"
-            * args.group)
+            if args.at else "Last values")
+    if args.group:
+        page += ", mean over seeds, 95% interval by Student's t with one variance for all rows"
     publish("\n".join([f"{page}:\n", *nsr.table(rows), ""]), panels, records, args)
 
 
@@ -316,8 +320,9 @@ def picture(panels, name):
                 axis.fill_between(x, *band, color=color, alpha=0.15, lw=0)
             for points in seeds:
                 axis.plot(points[:, 0], points[:, 1:], color=color, alpha=0.3, lw=0.7)
-            lines.setdefault(label, axis.plot(x, y, color=color, ls=ls, ms=5, marker=(
-                "osD^vPX"[i] if len(x) < 50 else ""))[0])
+            marker = "osD^vPX"[i] if len(x) < 50 else ""
+            line, *_ = axis.plot(x, y, color=color, ls=ls, ms=5, marker=marker)
+            lines.setdefault(label, line)
         axis.set(**settings)
         axis.grid(alpha=0.3)
     figure.legend(lines.values(), lines, loc="outside right upper", ncols=beside)

@@ -1049,7 +1049,7 @@ def model_path(name):
 
 
 def load_model(name, device, kind=AutoModelForCausalLM, **options):
-    """(model, tokenizer) from a directory, a run's out/NAME, a hub name, or countdown.
+    """(model, tokenizer) from a directory, a run's out/NAME, a hub name, or one of BASES.
 
     The model is in float32, without dropout: rollout and training pass see one policy.
     Raises UserError.
@@ -1078,8 +1078,11 @@ def load_model(name, device, kind=AutoModelForCausalLM, **options):
 def checkpoint_activations(model):
     """Let backward compute the activations of each layer again rather than keep them."""
     model.activation_checkpointing_enable()
-    for layer in model.modules():  # else they go without a cache: Prompts is fit for it
-        layer._can_checkpoint_with_cache = True
+    for module in model.modules():  # else prompts lose their keys: Prompts bears to run again
+        if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
+            module._can_checkpoint_with_cache = True
+        else:
+            module.gradient_checkpointing = False  # some models drop the cache by it
 
 
 def speaks_chat_ml(model, tokenizer):
@@ -1132,7 +1135,7 @@ def encode_prompts(problems, model, tokenizer, cfg):
 
 
 WARM_UP = dict(seed=0, batch=64, lr=4e-3)
-BASES = {"countdown": 2500, "countdown-strong": 12000}  # steps of it
+BASES = {"countdown": 2500, "countdown-strong": 12000}  # name: steps of warm-up
 
 
 def countdown_base(steps):
@@ -1268,6 +1271,7 @@ def padded(rows, device, left=False):
 class Prompts(transformers.Cache):
     """Keys and values of prompts: kept while they are read, then put before their responses' own.
 
+    update() returns keys and values (B, heads, P + R, head_dim) in the dtypes that the layer gave.
     A layer that runs again changes nothing, as gradient checkpointing asks.
     """
 
@@ -1281,6 +1285,7 @@ class Prompts(transformers.Cache):
         if self.owner is None:
             self.kv[place] = keys, values
             return keys, values
+        # index_select, for its backward adds rows, where that of x[owner] sorts them first
         return [torch.cat([x.index_select(0, self.owner), new], dim=2)
                 for x, new in zip(self.kv[place], (keys, values))]
 
@@ -1291,21 +1296,21 @@ class Prompts(transformers.Cache):
         return self.get_seq_length() + query_length, 0
 
 
-def read_prompts(forward, prompts, device, **options):
-    """(what forward gives at the last token of prompts (B, 1, ...), mask (B, P) bool, kv).
+def read_prompts(model, prompts, **options):
+    """(what model gives at the last token of prompts (B, 1, ...), mask (B, P) bool, kv).
 
-    forward: a model or a part of it; kv: as in Prompts, padded on the left.
+    model: of logits, hidden states or values; kv: as in Prompts, padded on the left.
     """
-    ids, mask = padded(prompts, device, left=True)
+    ids, mask = padded(prompts, model.device, left=True)
     cache, seen = Prompts(), mask.long()
-    found = forward(ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
-                    cache=cache, use_cache=True, **options)[0]
+    found = model(ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
+                  cache=cache, use_cache=True, **options)[0]
     return found[:, -1:], mask, cache.kv
 
 
 def prefill(model, prompts):
     """(logits (B, V) of the first tokens, kv as in Prompts) of B prompts. Raises UserError."""
-    logits, _, kv = read_prompts(model, prompts, model.device, logits_to_keep=1)
+    logits, _, kv = read_prompts(model, prompts, logits_to_keep=1)
     if logits.softmax(-1).isnan().any():
         raise UserError("the model's logits are not finite: it has diverged, or its weights are "
                         "damaged; start again with a lower --lr, or another model")
@@ -1401,7 +1406,7 @@ class Rows(transformers.Cache):
 
 
 def large_linears(model):
-    """The linear layers that packed_linears() is worth its copy for."""
+    """The linear layers that packed_linears() copies: smaller ones stay in the cache anyway."""
     return [m for m in model.modules()
             if type(m) is torch.nn.Linear and m.weight.numel() > 2**16]
 
@@ -1498,23 +1503,23 @@ def rollout(model, prompts, seeds, max_new_tokens, stop_ids, *, temperature=1.0,
                 logits = batch.forward(model, longest, max_new_tokens)
 
 
-def read_responses(forward, responses, device, **options):
-    """What forward gives before each response token (B, R, ...), the tokens (B, R), loss mask.
+def read_responses(model, responses, **options):
+    """What model gives before each response token (B, R, ...), the tokens (B, R), loss mask.
 
     The loss mask is (B, R) bool: the tokens of the response, its stop token included. A prompt is
-    read once, however many of the responses are to it; options: of that pass.
+    read once, however many of the responses are to it; options go to the pass over prompts.
     """
     row = {}
     owner = torch.tensor([row.setdefault(tuple(x.prompt_ids), len(row)) for x in responses],
-                         device=device)
-    first, seen, kv = read_prompts(forward, [*row], device, **options)
+                         device=model.device)
+    first, seen, kv = read_prompts(model, [*row], **options)
     first, seen = first.index_select(0, owner), seen[owner]
-    ids, loss_mask = padded([x.ids for x in responses], device)
+    ids, loss_mask = padded([x.ids for x in responses], model.device)
     if ids.shape[1] == 1:
         return first, ids, loss_mask
     seen = torch.cat([seen, loss_mask[:, :-1]], dim=1).long()
-    later = forward(ids[:, :-1], attention_mask=seen, use_cache=True, cache=Prompts(kv, owner),
-                    position_ids=(seen.cumsum(-1) - 1)[:, 1 - ids.shape[1] :])[0]
+    later = model(ids[:, :-1], attention_mask=seen, use_cache=True, cache=Prompts(kv, owner),
+                  position_ids=(seen.cumsum(-1) - 1)[:, 1 - ids.shape[1] :])[0]
     return torch.cat([first, later], dim=1), ids, loss_mask
 
 
@@ -1535,18 +1540,19 @@ def token_stats(model, responses, temperature):
     """(TokenStats, loss mask) of the tokens of responses: (B, R), (B, R), (B,) float32; (B, R)."""
     head = linear_head(model)
     if head is None:
-        logits, ids, loss_mask = read_responses(model, responses, model.device, logits_to_keep=1)
-        return token_stats_from_logits(logits, ids, temperature=temperature,
-                                       mask=loss_mask), loss_mask
-    hidden, ids, loss_mask = read_responses(model.base_model, responses, model.device)
-    return linear_logprobs(hidden, head.weight, ids, bias=head.bias, temperature=temperature,
-                           mask=loss_mask), loss_mask  # padding never reaches the head
+        logits, ids, mask = read_responses(model, responses, logits_to_keep=1)
+        stats = token_stats_from_logits(logits, ids, temperature=temperature, mask=mask)
+    else:  # prompts and padding never reach the head
+        hidden, ids, mask = read_responses(model.base_model, responses)
+        stats = linear_logprobs(hidden, head.weight, ids, bias=head.bias, temperature=temperature,
+                                mask=mask)
+    return stats, mask
 
 
 def micro_batches(responses, rows, micro_tokens):
     """Cut `rows` (row numbers) into lists of like length that fit the budget.
 
-    It counts what read_responses() passes: each prompt once, and padding.
+    It counts what read_responses() passes: each prompt of a list once, and padding.
     """
     cut, p, r, prompts = [], 0, 0, set()
     for i in sorted(rows, key=lambda i: len(responses[i].prompt_ids) + len(responses[i].ids)):
@@ -1561,7 +1567,7 @@ def micro_batches(responses, rows, micro_tokens):
 
 def critic_values(critic, responses):
     """(values, loss mask) (B, R): what the critic expects to come before each response token."""
-    values, _, loss_mask = read_responses(critic, responses, critic.device)
+    values, _, loss_mask = read_responses(critic, responses)
     return values[..., 0].float(), loss_mask
 
 
@@ -1826,21 +1832,26 @@ def memory_needs(cfg, device):
     cached = min(cfg.rollout_tokens, cfg.prompts * cfg.group_size // WORLD_SIZE * longest * 9 // 8)
     layer = 8 * width + 3 * kv + 4 * inner  # numbers a token
     kept = layers * width + layer if cfg.gradient_checkpointing else layers * layer
-    mini_batch = cfg.prompts // (cfg.updates * WORLD_SIZE) * (
-        cfg.max_prompt_tokens + cfg.group_size * cfg.max_new_tokens)
-    micro = min(max(cfg.micro_tokens, longest), mini_batch)
+    prompts = cfg.prompts // (cfg.updates * WORLD_SIZE) * (cfg.group_size if cfg.drop_unused else 1)
+    rows = cfg.prompts * cfg.group_size // (cfg.updates * WORLD_SIZE)
+    micro = min(max(cfg.micro_tokens, longest),
+                prompts * cfg.max_prompt_tokens + rows * cfg.max_new_tokens)
+    # each response has a copy of its prompt's keys and values
+    copies = min(rows, micro // cfg.max_new_tokens) * cfg.max_prompt_tokens * 2 * width * (
+        1 if cfg.gradient_checkpointing else layers)
     parts = {"weights": 4 * n * models + 2 * n * bf16, "optimizer": n * trained * {
         "float32": 8, "bf16": 4, "cpu": 8 * on_cpu}[cfg.optimizer_state]}
     rollout = {"KV cache": cached * 2 * layers * kv * size,
                "weights in the order of the CPU": on_cpu * 4 * sum(
                    m.weight.numel() for m in large_linears(model))}
-    update = {"gradient": 4 * n, "activations": micro * kept * size,
+    update = {"gradient": 4 * n, "activations": (micro * kept + copies) * size,
               "chunk of logits": min(2**28, micro * config.vocab_size * size)}
     parts |= max(rollout, update, key=lambda part: sum(part.values()))
     # by measurement: a quarter more for temporaries and what the allocator cannot use again
     parts["temporaries"] = sum(parts.values()) // 4
-    program = {"torch and this program": int(peak_memory(device) * 1e9) + 2**27}
-    return parts | program if on_cpu else parts
+    if on_cpu:
+        parts["torch and this program"] = int(peak_memory(device) * 1e9) + 2**27
+    return parts
 
 
 @dataclass
@@ -2046,8 +2057,9 @@ def peak_memory(device):
     """Peak memory in GB: of the GPU if the run is on one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    with contextlib.suppress(OSError):  # Linux; its ru_maxrss may be that of the parent
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2236,18 +2248,17 @@ def to_bf16(x):
 def update(run, batch):
     """cfg.updates optimizer steps, each on a mini-batch of whole groups. Returns metrics (dict).
 
-    With drop_unused as many responses, all with A != 0, make a mini-batch, so there are fewer.
+    With drop_unused a mini-batch is as many responses with A != 0, so that there are fewer of them.
     Raises UserError, before the optimizer's step, where the gradient is not finite.
     """
     cfg, model, norms, clipped = run.cfg, run.model, [], 0
     kl_coef = cfg.kl_coef if cfg.method != "ppo" else 0.0
     model.train()  # gradient checkpointing asks for it; there is no dropout
     torch.manual_seed(seed_of(cfg.seed, "update", run.step))  # of to_bf16
-    kept = torch.arange(len(batch.responses))
-    if cfg.drop_unused:
-        kept = kept[batch.adv.view(len(kept), -1).any(1).cpu()]
-    for mini in kept.split(len(batch.responses) // cfg.updates):
-        rows = [i for i in mini.tolist() if batch.adv[i].any() or cfg.entropy_coef or kl_coef]
+    used = batch.adv.view(len(batch.responses), -1).any(1).cpu()  # A != 0
+    kept = used.nonzero()[:, 0] if cfg.drop_unused else torch.arange(len(used))
+    for mini in kept.split(len(used) // cfg.updates):
+        rows = [i for i in mini.tolist() if used[i] or cfg.entropy_coef or kl_coef]
         # ONE denominator, before the cut into micro-batches. A = 0 counts in it, so all methods
         # divide by the same number; but its gradient is 0, so it needs no forward pass.
         denom, busy = over_ranks(sum(len(batch.responses[i].ids) for i in mini), len(rows))

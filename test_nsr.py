@@ -183,6 +183,7 @@ def test_presets_and_flags_resolve():
     own = nsr.resolve({"model": "x", "data": "y.jsonl", "lr": 3e-6})
     assert (own.preset, own.lr, own.eval_data) == ("qwen-math", 3e-6, "")
     assert nsr.resolve({"model": "x", "data": "countdown"}).preset == "qwen-math"
+    assert nsr.resolve({"model": "countdown-strong"}).preset == "countdown"
 
 
 def test_help_tells_every_flag_with_its_default(cli, capsys):
@@ -590,6 +591,16 @@ def test_every_stop_token_is_known(tokenizer):
     assert nsr.stop_tokens(Qwen, words) == [3, 7, 9]
 
 
+def test_embedded_bases_by_name(base, monkeypatch):
+    asked = []
+    monkeypatch.setattr(nsr, "countdown_base", lambda steps: asked.append(steps) or base)
+    for name in nsr.BASES:
+        nsr.load_model(name, "cpu")
+    assert asked == [2500, 12000]
+    needs = [nsr.memory_needs(nsr.Config(model=name), torch.device("cpu")) for name in nsr.BASES]
+    assert needs[0]["weights"] == needs[1]["weights"] == 4 * 108_416
+
+
 def test_dropout_is_off(tmp_path, tokenizer):
     config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1, n_positions=32)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -689,7 +700,8 @@ def test_a_group_is_yielded_as_soon_as_it_is_complete(model):
 
 @pytest.mark.parametrize("budget", [40, 2**16])
 @pytest.mark.parametrize("name, options", [
-    ("Mistral", dict(sliding_window=4)), ("GPT2", dict(n_positions=18)), ("Llama", {}),
+    ("Mistral", dict(sliding_window=4)), ("GPT2", dict(
+        n_positions=18, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)), ("Llama", {}),
     ("Gemma2", dict(sliding_window=4, head_dim=16)), ("Gemma3Text", dict(sliding_window=4,
                                                                         head_dim=16)),
     ("Qwen2", dict(sliding_window=4, use_sliding_window=True, max_window_layers=1))])
@@ -700,8 +712,17 @@ def test_rollout_of_other_models(name, options, budget):
         vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, **options)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for r in sample(model, PROMPTS, max_new_tokens=12, rollout_tokens=budget):
-        close(r.logp, logp_alone(model, r))
+    responses = sample(model, PROMPTS, max_new_tokens=12, rollout_tokens=budget)
+    alone = [logp_alone(model, r) for r in responses]
+    for r, logp in zip(responses, alone):
+        close(r.logp, logp)
+    for step in ("no gradient", "gradient", "gradient checkpointing"):
+        if step == "gradient checkpointing":
+            nsr.checkpoint_activations(model.train())
+        with torch.set_grad_enabled(step != "no gradient"):
+            stats, _ = nsr.token_stats(model, responses, 1.0)
+        for row, logp in zip(stats.logprobs, alone):
+            close(row[: len(logp)], logp)
 
 
 def test_several_stop_tokens_end_a_response_and_are_kept(model):
@@ -1336,6 +1357,7 @@ def test_eval_log_by_hand(evaluation):
     status, out, err = evaluation(*flags[:-1], "--save", "t")
     assert (status, err) == (0, "") and {p.suffix for p in Path().glob("t.*")} == {
         ".csv", ".md", ".png", ".svg"}
+    assert evaluation(*runs, "--log", "step:length", "distinct:length")[0] == 2  # one Y twice
     assert "| out/b-s0 |   .300 | 40.000 |     4.000 |     5.000 |     6.000 |" in out
     assert saved("t")["out/a-s1", "Pass@4"][0] == 0.6
     evaluation(*flags[:-1], "--save", "t", "--group")
@@ -1408,6 +1430,18 @@ def test_metrics_say_what_happened(cli, base):
     for s in samples:
         assert nsr.verify_countdown(s["response"], s["answer"]) is s["correct"]
     assert out.count("are cut at --max-new-tokens") == 1  # said once, not every step
+
+
+@pytest.mark.parametrize("ppo", [False, True])
+def test_measures_of_a_step_by_hand(model, tokenizer, ppo):
+    batch, problem = a_batch(model, ((2, 2), (3, 1))), nsr.Problem("q", "1", "", nsr.verify)
+    batch.old_logp = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0])]  # the sampler's: 0
+    batch.adv = torch.tensor([[-1.0, -3.0], [-4.0, 0.0]]) if ppo else torch.tensor([-2.0, -4.0])
+    m, _ = nsr.measure(a_run(model), batch, [problem] * 2, ["\\boxed{2}", ""], torch.zeros(2).bool(),
+                       [torch.tensor([0.5, 1.0]), torch.tensor([3.0])], torch.tensor([0.5, 0.25]))
+    assert (m["tokens"], m["length"], m["rollout_gap"], m["entropy"]) == (3, 1.5, 2.0, 1.5)
+    assert (m["adv_incorrect"], m["boxed"], m["correct"], m["logp_correct"]) == (-3, 0.5, 0, None)
+    assert m["logp_incorrect"] == pytest.approx(math.log(0.5 * 0.25) / 2)
 
 
 def test_measure_gives_quantiles_of_the_confidence(model, tokenizer):
