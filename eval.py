@@ -294,6 +294,7 @@ def publish(page, panels, records, args):
     style = "  \033[1m\\1\033[0m  " if sys.stdout.isatty() else r"  \1  "
     print("\r\033[K" * sys.stdout.isatty() + re.sub(r"\*\*(\S+)\*\*", style, page), end="")
     if args.save and panels:
+        Path(args.save).parent.mkdir(parents=True, exist_ok=True)
         picture(panels, args.save)
         Path(f"{args.save}.md").write_text(page)
         with open(f"{args.save}.csv", "w", newline="") as file:

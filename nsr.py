@@ -2428,7 +2428,7 @@ def resumed_config(path, given):
     for knob, value in given.items():
         if knob in RESUMABLE:
             setattr(cfg, knob, value)
-        elif knob != "resume" and value != stored[knob]:
+        elif knob not in ("resume", "memory") and value != stored[knob]:
             raise UserError(f"--resume {path}: that run has --{knob.replace('_', '-')} "
                             f"{stored[knob]!r}; leave the flag out, or start a new run")
     check(cfg)
@@ -2540,7 +2540,11 @@ def main():
     run = None
     try:
         given = parse_flags(sys.argv[1:])
+        if "resume" not in given:
+            resolve(given)  # its errors before the ranks wait for each other
         if WORLD_SIZE > 1:
+            if "MASTER_ADDR" not in os.environ:
+                raise UserError("WORLD_SIZE is set, MASTER_ADDR is not: start with torchrun")
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if given.get("memory"):

@@ -1474,6 +1474,8 @@ def test_memory_is_said_before_anything_is_loaded(cli, base, tmp_path):
     rows = nsr.read_log(tmp_path / "out/a-nsr-1/metrics.jsonl")
     measured = max(row["time"]["memory_gb"] for row in rows if "time" in row) * 1e9 / 2**30
     assert 0.8 < said / measured < 1.2
+    process = script(["--resume", "out/a-nsr-1", "--memory"], tmp_path)
+    assert "together" in process.communicate(timeout=60)[0] and process.returncode == 0
     cfg = nsr.Config(model=str(base))
     half = nsr.memory_needs(dataclasses.replace(cfg, rollout_tokens=1), torch.device("cpu"))
     assert half["gradient"] * 2 == half["optimizer"] and half["weights"] == half["gradient"]
