@@ -2402,7 +2402,16 @@ def new_directory(cfg):
         with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
-    raise UserError(f"--name {cfg.name}: {path} exists; choose another, or --resume {path}")
+    check_name(cfg.name)  # another process was faster
+
+
+def check_name(name):
+    """Raises UserError where out/NAME is taken, or is no directory in out/."""
+    if Path(name).name != name or name == ".." or not name.isprintable():
+        raise UserError(f"--name {name!r}: not a plain name for a directory in out/")
+    if name and Path("out", name).exists():
+        raise UserError(f"--name {name}: out/{name} exists; choose another, or go on with that "
+                        f"run: --resume out/{name}")
 
 
 def launcher(ranks):
@@ -2435,18 +2444,19 @@ def resumed_config(path, given):
     return cfg, stored
 
 
+def settings(given):
+    """(Config, content of config.json) of the flags `given`; the second is {} of a new run."""
+    if "resume" in given:
+        return resumed_config(Path(given["resume"]), given)
+    return resolve(given), {}
+
+
 def open_run(given):
     """The Run that the flags `given` ask for, new or to go on with. Raises UserError."""
-    path, stored, state = Path(given["resume"]) if "resume" in given else None, {}, {"step": 0}
-    if path:
-        cfg, stored = resumed_config(path, given)
-    else:
-        cfg = resolve(given)
-        if Path(cfg.name).name != cfg.name or cfg.name == ".." or not cfg.name.isprintable():
-            raise UserError(f"--name {cfg.name!r}: not a plain name for a directory in out/")
-        if cfg.name and Path("out", cfg.name).exists():
-            raise UserError(f"--name {cfg.name}: out/{cfg.name} exists; choose another, or go on "
-                            f"with that run: --resume out/{cfg.name}")
+    cfg, stored = settings(given)
+    path, state = Path(given["resume"]) if "resume" in given else None, {"step": 0}
+    if not path:
+        check_name(cfg.name)
         Path("out").mkdir(exist_ok=True)
     device = pick_device(cfg.device)
     if not path and device.type == "cpu" and "bf16" not in given:  # a preset's is for a GPU
@@ -2540,16 +2550,13 @@ def main():
     run = None
     try:
         given = parse_flags(sys.argv[1:])
-        if "resume" not in given:
-            resolve(given)  # its errors before the ranks wait for each other
+        cfg, _ = settings(given)  # errors before the ranks wait for each other
         if WORLD_SIZE > 1:
             if "MASTER_ADDR" not in os.environ:
                 raise UserError("WORLD_SIZE is set, MASTER_ADDR is not: start with torchrun")
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if given.get("memory"):
-            cfg = (resumed_config(Path(given["resume"]), given)[0] if "resume" in given else
-                   resolve(given))
             device = pick_device(cfg.device)
             needs = memory_needs(cfg, device)
             live(f"{cfg.method} of {cfg.model} on {device}", done=True)

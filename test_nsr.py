@@ -327,7 +327,8 @@ m\angle A = 50^\circ  ==  50  50^{\circ}  50°  !=  \angle B = 50^\circ  60
 f(x)=x^2  ==  y=x^2  x^2  f(x) = x\cdot x  !=  x  f(x)=2x
 P(\text{win})=\frac23  ==  \frac23  P(win) = 2/3  !=  \frac13
 i=3  ==  3  !=  i=4  3i
-11  ==  x\approx 11  \approx 11  11th  11^{\text{th}}  11^{\mathrm{st}}  \text{The answer is 11}  !=  12
+11  ==  x\approx 11  \approx 11  11th  11^{\text{th}}  11^{\mathrm{st}}
+11  ==  \text{The answer is 11}  !=  12
 1500000  ==  1.5\times 10^6  1.5e6  1.5 \text{ million}  15 \text{ hundred thousand}  !=  1.5  1.5e5
 \frac{1}{6}  ==  0.1\overline{6}  0.1\overline6  ⅙  !=  0.16  0.1\overline{7}  \frac{1}{60}
 \log_2 9  ==  2\log_2 3  \frac{\ln 9}{\ln 2}  \log_2(9)  !=  \log_3 8  \log 9
@@ -340,13 +341,15 @@ i=3  ==  3  !=  i=4  3i
 9^{9^9}  ==  3^{2\cdot 9^9}  (9^{9^8})^9  !=  9^{9^8}  9^{9^9}+1  9^{9^{10}}
 \frac{1}{10^{100000}}  ==  10^{-100000}  10\cdot 10^{-100001}  !=  10^{-99999}  0
 -3<x<5  ==  x>-3 \text{ and } x<5  x>-3, x<5  |x-1|<4  !=  x>-3 \text{ or } x<5  x>-3
-x \ge 2  ==  2x \ge 4  -x \le -2  x-2 \ge 0  2 \le x  \{x \mid x \ge 2\}  !=  2x>4  2x \ge 5  y \ge 2
+x \ge 2  ==  2x \ge 4  -x \le -2  x-2 \ge 0  2 \le x
+x \ge 2  ==  \{x \mid x \ge 2\}  !=  2x>4  2x \ge 5  y \ge 2
 x<-2 \text{ or } x>2  ==  |x|>2  x^2>4  (-\infty,-2) U (2,\infty)  !=  x<-2 \text{ and } x>2  |x|<2
 [1,3]  ==  [1,2]\cup[2,3]  \{x \in \mathbb{R} : 1 \le x \le 3\}  !=  [1,2]\cup(2,3)  [1,2)\cup(2,3]
 (-\infty,0)  ==  x<0  0>x  -x>0  !=  [-\infty,0)  (-\infty,0]  (0,\infty)
 0<f(x)<1  ==  (0,1)  f(x) \in (0,1)  1>f(x)>0  !=  [0,1]  0<g(x)<2
 f(2)<f(1)<f(4)  ==  f(4)>f(1)>f(2)  !=  f(1)<f(2)<f(4)  f(2)<f(1)
-\mathbb{R}  ==  (-\infty,\infty)  \text{all real numbers}  x \in \mathbb{R}  ℝ  !=  (0,\infty)  \emptyset
+\mathbb{R}  ==  (-\infty,\infty)  \text{all real numbers}  x \in \mathbb{R}
+\mathbb{R}  ==  ℝ  !=  (0,\infty)  \emptyset
 \emptyset  ==  \varnothing  \{\}  \text{no solution}  No real solutions  !=  \{0\}  0
 \{1,2,3\}  ==  \{1,2\}\cup\{3\}  \{3,2,1\}  \{1,2,2,3\}  1, 2, and 3  !=  \{1,2\}  (1,2,3)
 3,3  ==  3, 3  3 and 3  !=  3  3,3,3
@@ -354,14 +357,15 @@ f(2)<f(1)<f(4)  ==  f(4)>f(1)>f(2)  !=  f(1)<f(2)<f(4)  f(2)<f(1)
 (1,2,3)  ==  P(1,2,3)  \text{Vertex: }(1,2,3)  \begin{bmatrix}1\\2\\3\end{bmatrix}  !=  (1,3,2)
 \begin{pmatrix} 1/2 \\ 1 \end{pmatrix}  ==  \frac12\begin{pmatrix} 1 \\ 2 \end{pmatrix}  !=  (1, 2)
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  ==  \begin{pmatrix} 1 & 2 \\[2pt] 3 & 4 \\ \end{pmatrix}  !=  \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}  -2
-15\text{ cm}^2  ==  15  15\text{ square cm}  15 cm²  15\,\mathrm{cm^2}  !=  15\text{ cm}^3  15\text{ m}^2
+15\text{ cm}^2  ==  15  15\text{ square cm}  15 cm²
+15\text{ cm}^2  ==  15\,\mathrm{cm^2}  !=  15\text{ cm}^3  15\text{ m}^2
 12\text{ m/s}  ==  12  12\ \frac{\text{m}}{\text{s}}  !=  12 km/h  \frac{12}{5}\text{ m/s}  5
 5.4\text{ cents}  ==  5.4  5.4¢  !=  5.4\text{ dollars}  54
 1.9  ==  1.90  \color{red}{1.9}  \textcolor{blue}{1.9}  !=  19  1.8999999999999999
 7  ==  \text{seven}  \{7\}  \boldsymbol{7}  \emph{7}  7\\  \underline{7}  !=  [7]  (7,7)  7 \ne 8
 \text{A5}_{11}  ==  A5_{11}  \mathrm{A5}_{11}  A5₁₁  !=  A5_{12}  A6_{11}  5_{11}
-2516_8  ==  2516_{8}  2516_{\text{eight}}  2516 \text{ (base 8)}  2516 \text{ base eight}  !=  2516_9
-\{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\}  ==  31,30,29,28,27,26,25,24,23,22,21,20,19,18,17,16,15,14,13,12,11,10,9,8,7,6,5,4,3,2,1,0
+2516_8  ==  2516_{8}  2516_{\text{eight}}  2516 \text{ (base 8)}
+2516_8  ==  2516 \text{ base eight}  !=  2516_9
 5  ==  10/2  !=  4 \approx 5  5 = 6  5:1  5 \text{ thousand}  5 \text{ squared}  5!  5 \text{ or } x  5 \pm 0
 5\text{ squared}  ==  5 squared  !=  5\text{ cubed}  5  25  5\text{ minus}
 5  ==  five  5th  !=  5\text{ is wrong}  \text{not }5  5...  5+\infty-\infty  5 \in x \in y  \max 5
@@ -374,10 +378,12 @@ f(2)<f(1)<f(4)  ==  f(4)>f(1)>f(2)  !=  f(1)<f(2)<f(4)  f(2)<f(1)
 x \ne 3  ==  3 \ne x  !=  x^2 \ne 9  x \ne 3,4  x = 3
 2^6 \cdot 3^5  ==  2^6 3^5  !=  2^6 + 3^5  2 6 3 5
 -7  ==  -\;7  !=  -1 7  -1\text{ cm }7  -7 7  -7 1
-1\frac{2}{25}  ==  1\text{ }\frac{2}{25}  1{\frac{2}{25}}  \frac{27}{25}  !=  \frac{2}{25}  1\cdot\frac{2}{25}"""
+1\frac{2}{25}  ==  1\text{ }\frac{2}{25}  1{\frac{2}{25}}
+1\frac{2}{25}  ==  \frac{27}{25}  !=  \frac{2}{25}  1\cdot\frac{2}{25}"""
 PAIRS = [(gold, answer, k == 0) for row in TABLE.strip().splitlines()
          for gold, rest in [row.split("  ==  ")]
          for k, answers in enumerate(rest.split("  !=  ")) for answer in answers.split("  ")]
+PAIRS += [(rf"\{{{','.join(map(str, range(32)))}\}}", ",".join(map(str, range(31, -1, -1))), True)]
 HOSTILE = [
     "9^{9^{9^{9}}}", "2^{2^{2^{2^{2^{2}}}}}", "99999999999!", "((((9!)!)!)!)!", "10^{1000000}",
     "9" * 100_000, "1/" * 500, "(" * 1000, "{" * 400 + "6" + "}" * 400, r"\frac{" * 300, "-" * 900,
@@ -397,8 +403,8 @@ HOSTILE = [
     "1" + " " * 480 + "x", "1" + " " * 480 + "base", "a1A1" * 90 + "(" * 99, "±" * 250 + "5",
     r"\frac{325}{4}≈\pi", r"\angle(\pm\}.", r"2+\sqrt{5}≈≈x",
     ",".join(f"{2999 - k}!" for k in range(60)),
-    r"\text{" + "a_b" * 99 + "}", "7^{-5000}+3^{-5000}+" * 24 + "1", r"\max 3", r"\sin(1,2)", "1/2!",
-    r"\binom{\frac12}{x}"]
+    r"\text{" + "a_b" * 99 + "}", "7^{-5000}+3^{-5000}+" * 24 + "1", r"\max 3", r"\sin(1,2)",
+    "1/2!", r"\binom{\frac12}{x}"]
 
 
 def boxed(answer):
@@ -844,7 +850,7 @@ def test_schedules_at_their_ends_and_middle():
     assert lam == pytest.approx([0.05, 0.125, 0.2])
 
 
-ADVANTAGES = {  # advantages of one group: right; wrong with c = 0.6; wrong with c = 0.01, at t = T / 2
+ADVANTAGES = {  # of one group at t = T / 2: right; wrong with c = 0.6; wrong with c = 0.01
     "reinforce": [1, -1, -1], "psr": [1, 0, 0], "nsr": [0, -1, -1], "w-reinforce": [0.1, -1, -1],
     "a-nsr": [0.125, -1.0, -1.0], "cw-nsr": [0.1, -0.6, -0.05], "acw-nsr": [0.125, -0.6, -0.05],
     "grpo": [(1 + 1 / 3) / math.sqrt(4 / 3), (-1 + 1 / 3) / math.sqrt(4 / 3),
@@ -1437,7 +1443,8 @@ def test_measures_of_a_step_by_hand(model, tokenizer, ppo):
     batch, problem = a_batch(model, ((2, 2), (3, 1))), nsr.Problem("q", "1", "", nsr.verify)
     batch.old_logp = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0])]  # the sampler's: 0
     batch.adv = torch.tensor([[-1.0, -3.0], [-4.0, 0.0]]) if ppo else torch.tensor([-2.0, -4.0])
-    m, _ = nsr.measure(a_run(model), batch, [problem] * 2, ["\\boxed{2}", ""], torch.zeros(2).bool(),
+    texts, correct = ["\\boxed{2}", ""], torch.tensor([False, False])
+    m, _ = nsr.measure(a_run(model), batch, [problem] * 2, texts, correct,
                        [torch.tensor([0.5, 1.0]), torch.tensor([3.0])], torch.tensor([0.5, 0.25]))
     assert (m["tokens"], m["length"], m["rollout_gap"], m["entropy"]) == (3, 1.5, 2.0, 1.5)
     assert (m["adv_incorrect"], m["boxed"], m["correct"], m["logp_correct"]) == (-3, 0.5, 0, None)
@@ -1483,7 +1490,8 @@ def test_memory_is_said_before_anything_is_loaded(cli, base, tmp_path):
 
 def test_profile_prints_the_costliest_operations(cli, base):
     status, out, _ = cli(*short(base, steps=2), "--profile")
-    assert status == 0 and "Self CPU" in out and json.loads(Path("out/a-nsr-1/trace.json").read_text())
+    assert status == 0 and "Self CPU" in out
+    assert json.loads(Path("out/a-nsr-1/trace.json").read_text())
 
 
 def test_silent_failures_are_said_once(cli, base, tmp_path):
@@ -1617,7 +1625,8 @@ def ranks(flags, cwd):
 def test_two_ranks_equal_one_process(cli, base, tmp_path, method):
     flags = short(base, steps=3, prompts=8, updates=2, schedule="accuracy", method=method,
                   lr=1e-4)
-    alone, process = script([*flags, "--name=one"], tmp_path), ranks([*flags, "--name=two"], tmp_path)
+    alone = script([*flags, "--name=one"], tmp_path)
+    process = ranks([*flags, "--name=two"], tmp_path)
     assert alone.wait(timeout=120) == 0
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and out.count("Pass@k of 4") == 1, err
@@ -2292,7 +2301,7 @@ def test_linear_peak_memory(tmp_path):
     code = (
         "import sys, torch; sys.modules['triton'] = None\n"
         "from linear_logprob import *\n"
-        "N, H, V = 1024, 16, 20_000\n"
+        "N, H, V = 1024, 16, 40_000\n"  # resident memory jumps by 5 MB at times: 1.5% of this
         "h, w, y = torch.randn(N, H), torch.randn(V, H), torch.randint(V, (N,))\n"
         "h, w = h.requires_grad_(), w.requires_grad_()\n"
         "for f in linear_logprobs, naive_linear_logprobs:\n"
@@ -2303,7 +2312,7 @@ def test_linear_peak_memory(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True,
                          text=True, check=True)
     here, naive = map(float, run.stdout.split())  # of all logits and their gradient
-    assert here < 0.1 and naive > 1  # resident memory jumps by a few pages
+    assert here < 0.06 and naive > 1
 
 
 # --------------------------------------------------------------------------------------------------
