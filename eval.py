@@ -59,6 +59,9 @@ def parse_flags():
     args = parser.parse_args()
     if bool(args.models) == bool(args.rescore) or args.log and not args.models:
         parser.error("give models to evaluate, the runs (first) of --log, or files to --rescore")
+    for pair in args.log or ():
+        if not re.fullmatch("[^:]+:[^:]+", pair):
+            parser.error(f"--log {pair}: not X:Y, as step:entropy is")
     if args.at and not args.log:
         parser.error("--at goes with --log X:Y")
     if args.log and not args.at and len({p.partition(":")[2] for p in args.log}) < len(args.log):
@@ -337,6 +340,8 @@ def main():
     if args.log:
         report_log(args)
         return 0
+    for name in args.models:
+        nsr.model_path(name)  # before data is downloaded
     runs = [Path(name, "config.json") for name in args.models if name not in nsr.BASES]
     own = all('"data": "countdown"' in run.read_text() if run.exists() else run.parts[0] == "out"
               for run in runs)

@@ -169,6 +169,7 @@ def resolve(given):
     if cfg.kl_coef is None:
         cfg.kl_coef = 1e-3 if cfg.method in ("grpo", "ppo") else 0.0
     check(cfg)
+    model_path(cfg.model)  # before data is downloaded
     return cfg
 
 
@@ -1043,8 +1044,14 @@ def over_ranks(*numbers):
 
 
 def model_path(name):
-    """Where the files of a model are: in the checkpoint of a run, in a directory, on the hub."""
+    """Where the files of a model are: in the checkpoint of a run, in a directory, on the hub.
+
+    Raises UserError where it can only be a directory, and there is none.
+    """
     checkpoint = Path(name, "checkpoint")
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~", "out/")) or
+                                    name.count("/") > 1):
+        raise UserError(f"no model directory {name}; give one, or a hub name")
     return checkpoint if checkpoint.is_dir() else name
 
 
@@ -1622,11 +1629,14 @@ def lam_schedule(cfg, t):
 
 
 def method_weights(cfg, t, accuracy):
-    """(lam, beta) of cfg.method at step t: a correct response has A = lam, another A = -beta."""
+    """(lam, beta) of cfg.method at step t: a correct response has A = lam, another A = -beta.
+
+    None in grpo and ppo, whose advantages are others.
+    """
     if cfg.method in ("a-nsr", "acw-nsr"):  # A-NSR
         return lam_schedule(cfg, t), beta_schedule(cfg, t, accuracy)
-    return {"psr": (1.0, 0.0), "nsr": (0.0, 1.0), "w-reinforce": (cfg.lam, 1.0),
-            "cw-nsr": (cfg.lam, 1.0)}.get(cfg.method, (1.0, 1.0))
+    return {"reinforce": (1.0, 1.0), "psr": (1.0, 0.0), "nsr": (0.0, 1.0), "w-reinforce":
+            (cfg.lam, 1.0), "cw-nsr": (cfg.lam, 1.0)}.get(cfg.method, (None, None))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2017,10 +2027,11 @@ def print_step(m, left, header):
         live("   step    correct  length  cut  entropy  logp+  logp-   lam  beta   grad  clip   "
              "tokens/s rollout update memory   left", done=True)
     t, step = m["time"], f"{m['step']:>5}/{m['steps']:<5}"
-    logp = [math.nan if m[k] is None else m[k] for k in ("logp_correct", "logp_incorrect")]
+    right, wrong, lam, beta = ("-" if m[key] is None else f"{m[key]:.2f}" for key in (
+        "logp_correct", "logp_incorrect", "lam", "beta"))
     live(f"{step} {m['correct']:6.1%} {m['length']:7.1f} {m['truncated']:4.0%} "
-         f"{m['entropy']:8.3f} {logp[0]:6.2f} {logp[1]:6.2f} "
-         f"{m['lam']:5.2f} {m['beta']:5.2f} {m['grad_norm']:6.3f} {m['clip_frac']:5.1%} "
+         f"{m['entropy']:8.3f} {right:>6} {wrong:>6} {lam:>5} {beta:>5} "
+         f"{m['grad_norm']:6.3f} {m['clip_frac']:5.1%} "
          f"{t['tokens_per_s']:10,.0f} {t['rollout']:6.2f}s {t['update']:5.2f}s "
          f"{t['memory_gb']:4.1f}GB {duration(left):>6}", done=True)
 
@@ -2387,7 +2398,9 @@ def pick_device(name):
         device = torch.device(name or best)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.type == "cuda" and device.index is not None:
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no GPU that this torch can use")
+        if device.type == "cuda":
             torch.cuda.set_device(device)  # kernels are launched on the current one
         torch.zeros(1, device=device)
     except Exception as e:  # torch raises three types for a device that is not there
@@ -2530,6 +2543,9 @@ def command(body):
         message = "" if RANK else str(e)  # rank 0 says it for all
     except torch.OutOfMemoryError:
         message = "out of memory; lower --micro-tokens or --rollout-tokens, also with --resume"
+    except BrokenPipeError:  # of `| head`; what is printed at exit would raise it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 130
     except OSError as e:  # no space, no permission, a name that the file system does not take
         message = str(e)
     except RuntimeError as e:
@@ -2546,7 +2562,7 @@ def command(body):
 
 
 def main():
-    """`python nsr.py`: 0 when trained, 130 when stopped by Ctrl-C or SIGTERM."""
+    """`python nsr.py`: 0 when trained; the exception of Ctrl-C, SIGTERM or a closed pipe."""
     run = None
     try:
         given = parse_flags(sys.argv[1:])
@@ -2571,18 +2587,16 @@ def main():
         scores = train(run)
         if RANK:
             return 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)  # an impatient second Ctrl-C
-        if RANK:
-            return 130
-        if run is None:
+        if run is None and not RANK:
             print("\nstopped before training began: nothing to save", file=sys.stderr)
-        else:
+        elif not RANK:
             save_checkpoint(run)
             print(f"\nstopped after step {run.step} of {run.cfg.steps}, which is saved; go on with"
                   f"\n    {launcher(WORLD_SIZE)} --resume {run.path}", file=sys.stderr)
-        return 130
+        raise
     print(f"\nPass@k of {len(run.held_out[0])} held-out problems, {cfg.eval_samples} responses "
           f"each, temperature {cfg.temperature:g}; methods compare at equal steps and learning "
           "rate, not at equal Pass@1:")

@@ -1268,7 +1268,7 @@ def test_eval_stopped_by_ctrl_c_prints_what_is_complete(evaluation, base, monkey
 @pytest.mark.parametrize("flags, said", [
     ([], "give models"), (["x", "-n", "0"], "-n"), (["x", "-n", "4", "-k", "8"], "-k 8"),
     (["x", "--device", "quantum", "--data", "countdown"], "--device"),
-    (["no/such-model", "--data", "countdown"], "no/such-model"),
+    (["no/such-model", "--data", "countdown"], "no/such-model"), (["./none"], "no model directory"),
     (["x", "--data", "missing.jsonl"], "missing.jsonl"), (["x", "--problems", "0"], "--problems"),
     (["--rescore", "missing.jsonl"], "missing.jsonl"), (["--rescore", "bad.jsonl"], "bad.jsonl"),
     (["--rescore", "empty.jsonl"], "empty.jsonl"), (["--rescore", "mixed.jsonl"], "mixed models"),
@@ -1390,7 +1390,8 @@ def test_eval_log_at_equal_x_by_hand(evaluation):
 @pytest.mark.parametrize("flags, said", [
     (["--log", "step:length"], "give models"), (["out/a-s0", "--at", "1"], "--log X:Y"),
     (["out/a-s0", "--log", "step:lenth"], "distinct, Pass@1, Pass@4, steps, spread, update"),
-    (["out/a-s0", "--log", "spread:length"], "X a number"), (["out/a-s0", "--log", "step"], "keys"),
+    (["out/a-s0", "--log", "spread:length"], "X a number"), (["out/a-s0", "--log", "step"], "X:Y"),
+    (["out/a-s0", "--log", "step:"], "X:Y"),
     (["out/none", "--log", "step:length"], "directory of a run"),
     (["out/a-s0", "--log", "step:length", "--rescore", "f"], "give models")])
 def test_eval_log_refuses_in_one_line(evaluation, flags, said):
@@ -1415,6 +1416,8 @@ def test_every_method_trains(cli, base, method):
     assert {p.name for p in path.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl",
                                                 "curves.png", "checkpoint"}
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
+    own = method in ("grpo", "ppo")  # advantages without lam and beta
+    assert (rows[1]["lam"] is None) == own == bool(re.search(r"1/2 .* -     - ", out))
     assert list(rows[0]["pass_at_k"]) == ["1", "2", "4"]
     assert "k=4" in out and "base" in out and str(path) in out
 
@@ -1540,6 +1543,8 @@ def test_default_names_are_fresh_and_a_taken_name_is_refused(cli, base):
     (["--data=half_character.jsonl"], "half_character.jsonl, line 1"),
     (["--device=cuda:99"], "--device cuda:99"),
     (["--device=quantum"], "--device quantum"),
+    (["--model=./none", "--data=math-train"], "no model directory ./none"),
+    (["--model=some/where/else"], "no model directory some/where/else"),
     (["--resume=out/none"], "out/none"),
 ])
 def test_bad_input_is_one_line_and_status_2(cli, base, tmp_path, flags, said):
@@ -1582,13 +1587,17 @@ def test_checkpoint_loads_anywhere(finished):
 
 @pytest.mark.parametrize("signum, after", [
     (signal.SIGKILL, 1), (signal.SIGKILL, 3), (signal.SIGKILL, 5), (signal.SIGTERM, 3),
-    (signal.SIGINT, 2)])
+    (signal.SIGINT, 2), (signal.SIGPIPE, 2)])
 def test_stopped_and_resumed_run_is_bit_identical(base, finished, tmp_path, signum, after):
     process = script(short(base, steps=6, eval_every=3, updates=2, name="run"), tmp_path)
     run, deadline = tmp_path / "out/run", time.time() + 120
     while len(nsr.read_log(run / "metrics.jsonl")) <= after and time.time() < deadline:
         time.sleep(0.002)
-    process.send_signal(signum)
+    if signum == signal.SIGPIPE:  # nobody reads on, as after `| head`
+        process.stdout.close()
+        process.stdout = None
+    else:
+        process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (-9 if signum == signal.SIGKILL else 130)
     if signum != signal.SIGKILL:
