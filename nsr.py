@@ -73,6 +73,7 @@ from kernels.logprob import token_stats_from_logits
 METHODS = ("reinforce", "psr", "nsr", "w-reinforce", "a-nsr", "cw-nsr", "acw-nsr", "grpo", "ppo")
 SCHEDULES = ("exponential", "cosine", "accuracy")
 STATES = ("float32", "bf16", "cpu")
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, kill, a terminal that is gone
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -1936,10 +1937,9 @@ def whole_directory(path):
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Hold SIGINT and SIGTERM back until the block has ended, then raise KeyboardInterrupt."""
+    """Hold STOPS back until the block has ended, then raise KeyboardInterrupt."""
     held = []
-    handlers = {s: signal.signal(s, lambda *_: held.append(True))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = on_stops(lambda *_: held.append(True))
     try:
         yield
     finally:
@@ -1947,6 +1947,11 @@ def uninterrupted():
             signal.signal(s, handler)
     if held:
         raise KeyboardInterrupt
+
+
+def on_stops(handler):
+    """Have handler called on STOPS, but for those that are ignored (nohup). Returns {s: before}."""
+    return {s: signal.signal(s, handler) for s in STOPS if signal.getsignal(s) != signal.SIG_IGN}
 
 
 def save_checkpoint(run):
@@ -2534,7 +2539,7 @@ def commit():
 
 def command(body):
     """Run body() as a shell command: its exit status, or 2 and one line after a user's error."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_stops(signal.default_int_handler)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -2562,7 +2567,7 @@ def command(body):
 
 
 def main():
-    """`python nsr.py`: 0 when trained; the exception of Ctrl-C, SIGTERM or a closed pipe."""
+    """`python nsr.py`: 0 when trained; the exception of STOPS or a closed pipe."""
     run = None
     try:
         given = parse_flags(sys.argv[1:])
@@ -2588,8 +2593,7 @@ def main():
         if RANK:
             return 0
     except (KeyboardInterrupt, BrokenPipeError):
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)  # an impatient second Ctrl-C
+        on_stops(signal.SIG_IGN)  # an impatient second Ctrl-C
         if run is None and not RANK:
             print("\nstopped before training began: nothing to save", file=sys.stderr)
         elif not RANK:

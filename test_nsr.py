@@ -4,6 +4,7 @@ The kernels run in Triton's interpreter where there is no GPU, and on the GPU wh
 """
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -93,6 +94,16 @@ def base(tmp_path_factory, tokenizer):
     return path
 
 
+@contextlib.contextmanager
+def handlers_kept():
+    before = [(s, signal.getsignal(s)) for s in nsr.STOPS]
+    try:
+        yield
+    finally:
+        for s, handler in before:
+            signal.signal(s, handler)
+
+
 @pytest.fixture
 def cli(monkeypatch, tmp_path, capsys):
     """cli(*flags) runs nsr.py's command in this process, in an empty folder: (status, out, err)."""
@@ -101,12 +112,9 @@ def cli(monkeypatch, tmp_path, capsys):
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["nsr.py", *map(str, flags)])
-        try:
+        with handlers_kept():
             status = nsr.command(nsr.main)
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        out, err = capsys.readouterr()
-        return status, out, err
+        return status, *capsys.readouterr()
 
     return run
 
@@ -120,8 +128,13 @@ def short(base, **flags):
 
 def script(flags, cwd):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+    def hear():  # the tests may run where these are ignored, as under nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     return subprocess.Popen([sys.executable, ROOT / "nsr.py", *flags], cwd=cwd, text=True, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear)
 
 
 def state(run):
@@ -1193,8 +1206,8 @@ def evaluation(monkeypatch, tmp_path, capsys):
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
-        status = nsr.command(evaluation_command.main)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with handlers_kept():
+            status = nsr.command(evaluation_command.main)
         return status, *capsys.readouterr()
 
     return run
@@ -1587,7 +1600,7 @@ def test_checkpoint_loads_anywhere(finished):
 
 @pytest.mark.parametrize("signum, after", [
     (signal.SIGKILL, 1), (signal.SIGKILL, 3), (signal.SIGKILL, 5), (signal.SIGTERM, 3),
-    (signal.SIGINT, 2), (signal.SIGPIPE, 2)])
+    (signal.SIGINT, 2), (signal.SIGHUP, 1), (signal.SIGPIPE, 2)])
 def test_stopped_and_resumed_run_is_bit_identical(base, finished, tmp_path, signum, after):
     process = script(short(base, steps=6, eval_every=3, updates=2, name="run"), tmp_path)
     run, deadline = tmp_path / "out/run", time.time() + 120
