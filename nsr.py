@@ -1073,10 +1073,10 @@ def load_model(name, device, kind=AutoModelForCausalLM, **options):
     if model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # as in countdown_base()
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        for key, value in [*vars(module).items()]:  # models give it many names
+            noise = "drop" in key or "jitter" in key or isinstance(module, torch.nn.Dropout)
+            if noise and isinstance(value, float):
+                setattr(module, key, 0.0)
     if model.can_generate():
         tokens = {k: getattr(model.generation_config, k) for k in ("eos_token_id", "pad_token_id")}
         model.generation_config = transformers.GenerationConfig(**tokens)  # others may fail to save
@@ -1084,8 +1084,14 @@ def load_model(name, device, kind=AutoModelForCausalLM, **options):
 
 
 def checkpoint_activations(model):
-    """Let backward compute the activations of each layer again rather than keep them."""
-    model.activation_checkpointing_enable()
+    """Let backward compute the activations of each layer again rather than keep them.
+
+    Raises UserError where the model cannot.
+    """
+    try:
+        model.activation_checkpointing_enable()
+    except ValueError as e:
+        raise UserError(f"--gradient-checkpointing: {first_line(e)}") from e
     for module in model.modules():  # else prompts lose their keys: Prompts bears to run again
         if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
             module._can_checkpoint_with_cache = True
@@ -1540,7 +1546,8 @@ def linear_head(model):
     """
     head, ids = model.get_output_embeddings(), torch.arange(4, device=model.device)[None]
     hidden = model.base_model(ids, use_cache=False)[0]
-    same = type(head) is torch.nn.Linear and torch.equal(head(hidden), model(ids).logits)
+    same = (type(head) is torch.nn.Linear and hidden.shape[-1] == head.in_features
+            and torch.equal(head(hidden), model(ids).logits))
     return head if same else None
 
 
@@ -2237,12 +2244,15 @@ def step_optimizer(run, model, optimizer):
     return norm
 
 
+MOMENTS = "exp_avg", "exp_avg_sq"  # of AdamW; in one order, for to_bf16() draws
+
+
 def step_one_by_one(optimizer, params, where):
     """optimizer.step(), with the state of one parameter at a time in float32 on its device."""
     for p in params:
         optimizer.param_groups[0]["params"] = [p]
         state = optimizer.state[p]
-        for key in {"exp_avg", "exp_avg_sq"} & state.keys():
+        for key in [key for key in MOMENTS if key in state]:
             state[key] = state[key].to(p.device, torch.float32)
         optimizer.step()
         put_away(state, where)
@@ -2251,7 +2261,7 @@ def step_one_by_one(optimizer, params, where):
 
 def put_away(state, where):
     """Store AdamW's state of a parameter (dict) as --optimizer-state says."""
-    for key in {"exp_avg", "exp_avg_sq"} & state.keys():
+    for key in [key for key in MOMENTS if key in state]:
         state[key] = state[key].cpu() if where == "cpu" else to_bf16(state[key])
 
 
@@ -2590,6 +2600,9 @@ def main():
              f"{cfg.model} ({size:,} parameters, {run.model.device}) on {cfg.data} "
              f"({len(run.problems):,} problems), into {run.path}", done=True)
         scores = train(run)
+        if WORLD_SIZE > 1:  # else a rank that ends while another still listens is aborted
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
         if RANK:
             return 0
     except (KeyboardInterrupt, BrokenPipeError):

@@ -1721,12 +1721,16 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(cli, base):
     assert not list(Path("out/run").glob("checkpoint.*"))
 
 
-def test_signal_is_held_back_while_weights_change():
+@pytest.mark.parametrize("signum", nsr.STOPS)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_signal_is_held_back_while_weights_change(signum, ignored):
     seen = []
-    with pytest.raises(KeyboardInterrupt):
-        with nsr.uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            seen.append("whole")
+    with handlers_kept():
+        signal.signal(signum, signal.SIG_IGN if ignored else signal.default_int_handler)
+        with contextlib.nullcontext() if ignored else pytest.raises(KeyboardInterrupt):
+            with nsr.uninterrupted():
+                os.kill(os.getpid(), signum)
+                seen.append("whole")
     assert seen == ["whole"]
 
 
