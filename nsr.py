@@ -1074,13 +1074,15 @@ def load_model(name, device, kind=AutoModelForCausalLM, **options):
         torch.set_num_threads(1)  # as in countdown_base()
     for module in model.modules():
         for key, value in [*vars(module).items()]:  # models give it many names
-            noise = "drop" in key or "jitter" in key or isinstance(module, torch.nn.Dropout)
-            if noise and isinstance(value, float):
+            if isinstance(value, float) and ("drop" in key or isinstance(module, torch.nn.Dropout)):
                 setattr(module, key, 0.0)
     if model.can_generate():
         tokens = {k: getattr(model.generation_config, k) for k in ("eos_token_id", "pad_token_id")}
         model.generation_config = transformers.GenerationConfig(**tokens)  # others may fail to save
-    return model.to(device), tokenizer
+    model.to(device)
+    if kind is AutoModelForCausalLM:
+        check_reading(model, name)
+    return model, tokenizer
 
 
 def checkpoint_activations(model):
@@ -1097,6 +1099,12 @@ def checkpoint_activations(model):
             module._can_checkpoint_with_cache = True
         else:
             module.gradient_checkpointing = False  # some models drop the cache by it
+
+
+def learning(model):
+    """Let layers be checkpointed, which they ask train mode for; else the policy is as sampled."""
+    for module in model.modules():  # some routers add noise in train mode
+        module.training = isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer)
 
 
 def speaks_chat_ml(model, tokenizer):
@@ -1535,6 +1543,32 @@ def read_responses(model, responses, **options):
     later = model(ids[:, :-1], attention_mask=seen, use_cache=True, cache=Prompts(kv, owner),
                   position_ids=(seen.cumsum(-1) - 1)[:, 1 - ids.shape[1] :])[0]
     return torch.cat([first, later], dim=1), ids, loss_mask
+
+
+@torch.no_grad()
+def check_reading(model, name):
+    """Raises UserError unless rollout and training pass read a text as the model does at once.
+
+    They keep keys and values from one pass to the next. Recurrent layers keep a state instead, and
+    models that are not causal look ahead.
+    """
+    ids, gaps = [i % model.get_input_embeddings().num_embeddings for i in range(4, 12)], []
+    try:
+        found = list(rollout(model, [ids[:5], ids[:2]], [[0, 1], [2]], 4, []))
+        logits, drawn, _ = read_responses(model, found, logits_to_keep=1)
+        for r, row in zip(found, token_stats_from_logits(logits, drawn).logprobs.cpu()):
+            text = torch.tensor([r.prompt_ids + r.ids], device=model.device)
+            whole = model(text, use_cache=False).logits[:, len(r.prompt_ids) - 1 : -1]
+            logp = token_stats_from_logits(whole, text[:, -len(r.ids) :]).logprobs.cpu()
+            gaps += [(x - logp).abs().max().item() for x in (row, torch.tensor(r.logp))]
+        wrong = "" if max(gaps) < 0.01 else f"log-probs differ by {max(gaps):.2g}"
+    except UserError:
+        raise
+    except Exception as e:  # a model without such a cache fails in its own way
+        wrong = first_line(e)
+    if wrong:
+        raise UserError(f"the model {name} cannot be read a part at a time ({wrong}); take a causal"
+                        " language model whose layers keep keys and values, and no other state")
 
 
 @lru_cache(maxsize=2)  # the policy and its reference
@@ -2279,7 +2313,7 @@ def update(run, batch):
     """
     cfg, model, norms, clipped = run.cfg, run.model, [], 0
     kl_coef = cfg.kl_coef if cfg.method != "ppo" else 0.0
-    model.train()  # gradient checkpointing asks for it; there is no dropout
+    learning(model)
     torch.manual_seed(seed_of(cfg.seed, "update", run.step))  # of to_bf16
     used = batch.adv.view(len(batch.responses), -1).any(1).cpu()  # A != 0
     kept = used.nonzero()[:, 0] if cfg.drop_unused else torch.arange(len(used))
@@ -2317,7 +2351,7 @@ def update(run, batch):
 
 def update_critic(run, batch, rows, denom):
     """One optimizer step of the critic, on the responses `rows` of a mini-batch."""
-    run.critic.train()  # as in update()
+    learning(run.critic)
     for micro in micro_batches(batch.responses, rows, run.cfg.micro_tokens):
         with autocast(run):
             value, mask = critic_values(run.critic, [batch.responses[i] for i in micro])

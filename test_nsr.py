@@ -744,6 +744,52 @@ def test_rollout_of_other_models(name, options, budget):
             close(row[: len(logp)], logp)
 
 
+SMALL = dict(vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+             num_attention_heads=2, max_position_embeddings=64, initializer_range=0.3)
+
+
+def loaded(kind, path, tokenizer, **settings):
+    """What nsr.load_model makes of a small model of that kind, saved in `path`."""
+    config = getattr(transformers, f"{kind}Config")(**SMALL | settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return nsr.load_model(str(path), "cpu")[0]
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("GPT2", dict(attn_pdrop=0.5, resid_pdrop=0.5)), ("BioGpt", dict(activation_dropout=0.5)),
+    ("GPTBigCode", dict(attn_pdrop=0.5)), ("Bloom", dict(attention_dropout=0.5, n_layer=2)),
+    ("Phimoe", dict(num_key_value_heads=2, router_jitter_noise=0.5))])
+def test_training_pass_has_no_noise_whatever_its_name(kind, settings, tmp_path, tokenizer):
+    torch.manual_seed(0)
+    model = loaded(kind, tmp_path, tokenizer, **settings)
+    responses = sample(model, PROMPTS)
+    for checkpointing in (False, True):
+        if checkpointing:
+            nsr.checkpoint_activations(model)
+        nsr.learning(model)
+        stats, _ = nsr.token_stats(model, responses, 1.0)
+        for row, r in zip(stats.logprobs, responses):
+            close(row[: len(r.ids)], torch.tensor(r.logp))
+
+
+@pytest.mark.parametrize("kind, said", [
+    ("Mamba", "keys and values"), ("Bert", "differ by"), ("Bart", "differ by"),
+    ("Mistral", None)])
+def test_models_that_are_not_read_left_to_right_by_keys_and_values_are_refused(
+        kind, said, tmp_path, tokenizer):
+    torch.manual_seed(0)
+    with pytest.raises(nsr.UserError, match=said) if said else contextlib.nullcontext():
+        loaded(kind, tmp_path, tokenizer, encoder_ffn_dim=64, decoder_ffn_dim=64, d_model=32,
+               init_std=0.3, num_key_value_heads=2)
+
+
+def test_a_model_that_cannot_checkpoint_is_refused(tmp_path, tokenizer):
+    with pytest.raises(nsr.UserError, match="--gradient-checkpointing"):
+        nsr.checkpoint_activations(loaded("CTRL", tmp_path, tokenizer, n_embd=32, n_head=2, dff=64,
+                                          n_layer=1))
+
+
 def test_several_stop_tokens_end_a_response_and_are_kept(model):
     responses = sample(model, PROMPTS, group_size=16, stop_ids=(0, 5))
     assert {r.ids[-1] for r in responses if r.stopped} == {0, 5}
@@ -1112,6 +1158,14 @@ def test_drop_unused_by_hand(tokenizer, monkeypatch):
     monkeypatch.setattr(nsr, "WORLD_SIZE", 2)
     with pytest.raises(nsr.UserError, match="--drop-unused"):
         nsr.check(nsr.Config(drop_unused=True, kl_coef=0.0))
+
+
+def test_bf16_state_is_rounded_alike_in_every_process():
+    code = ("import nsr, torch; torch.manual_seed(0); x = torch.full((9,), 1.003);"
+            "state = dict(exp_avg=x, exp_avg_sq=x); nsr.put_away(state, 'bf16'); print(state)")
+    said = {subprocess.check_output([sys.executable, "-c", code], cwd=ROOT,
+                                    env=os.environ | {"PYTHONHASHSEED": seed}) for seed in "01"}
+    assert len(said) == 1 and b"1.0078" in said.pop()
 
 
 def test_gradient_checkpointing_changes_nothing(tokenizer):
