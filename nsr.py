@@ -63,6 +63,7 @@ import torch
 import transformers
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
                           AutoTokenizer)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.linear_logprob import linear_logprobs
 from kernels.logprob import token_stats_from_logits
@@ -73,7 +74,6 @@ from kernels.logprob import token_stats_from_logits
 METHODS = ("reinforce", "psr", "nsr", "w-reinforce", "a-nsr", "cw-nsr", "acw-nsr", "grpo", "ppo")
 SCHEDULES = ("exponential", "cosine", "accuracy")
 STATES = ("float32", "bf16", "cpu")
-STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, kill, a terminal that is gone
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -1047,11 +1047,10 @@ def over_ranks(*numbers):
 def model_path(name):
     """Where the files of a model are: in the checkpoint of a run, in a directory, on the hub.
 
-    Raises UserError where it can only be a directory, and there is none.
+    Raises UserError where the name can only be that of a directory, and there is none.
     """
-    checkpoint = Path(name, "checkpoint")
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~", "out/")) or
-                                    name.count("/") > 1):
+    local, checkpoint = re.match(r"[./~]|out/|.*/.*/", name), Path(name, "checkpoint")
+    if local and not Path(name).is_dir():
         raise UserError(f"no model directory {name}; give one, or a hub name")
     return checkpoint if checkpoint.is_dir() else name
 
@@ -1095,16 +1094,16 @@ def checkpoint_activations(model):
     except ValueError as e:
         raise UserError(f"--gradient-checkpointing: {first_line(e)}") from e
     for module in model.modules():  # else prompts lose their keys: Prompts bears to run again
-        if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
+        if isinstance(module, GradientCheckpointingLayer):
             module._can_checkpoint_with_cache = True
         else:
             module.gradient_checkpointing = False  # some models drop the cache by it
 
 
 def learning(model):
-    """Let layers be checkpointed, which they ask train mode for; else the policy is as sampled."""
-    for module in model.modules():  # some routers add noise in train mode
-        module.training = isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer)
+    """Put the layers that may be checkpointed in train mode, where they look for it, no others."""
+    for module in model.modules():  # in train mode some routers add noise
+        module.training = isinstance(module, GradientCheckpointingLayer)
 
 
 def speaks_chat_ml(model, tokenizer):
@@ -1552,8 +1551,9 @@ def check_reading(model, name):
     They keep keys and values from one pass to the next. Recurrent layers keep a state instead, and
     models that are not causal look ahead.
     """
-    ids, gaps = [i % model.get_input_embeddings().num_embeddings for i in range(4, 12)], []
+    gaps = []
     try:
+        ids = [i % model.get_input_embeddings().num_embeddings for i in range(4, 12)]
         found = list(rollout(model, [ids[:5], ids[:2]], [[0, 1], [2]], 4, []))
         logits, drawn, _ = read_responses(model, found, logits_to_keep=1)
         for r, row in zip(found, token_stats_from_logits(logits, drawn).logprobs.cpu()):
@@ -1976,6 +1976,14 @@ def whole_directory(path):
     shutil.rmtree(old, ignore_errors=True)
 
 
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, kill, a terminal that is gone
+
+
+def on_stops(handler):
+    """Have handler called on STOPS, but for those that are ignored (nohup). Returns {s: before}."""
+    return {s: signal.signal(s, handler) for s in STOPS if signal.getsignal(s) != signal.SIG_IGN}
+
+
 @contextlib.contextmanager
 def uninterrupted():
     """Hold STOPS back until the block has ended, then raise KeyboardInterrupt."""
@@ -1988,11 +1996,6 @@ def uninterrupted():
             signal.signal(s, handler)
     if held:
         raise KeyboardInterrupt
-
-
-def on_stops(handler):
-    """Have handler called on STOPS, but for those that are ignored (nohup). Returns {s: before}."""
-    return {s: signal.signal(s, handler) for s in STOPS if signal.getsignal(s) != signal.SIG_IGN}
 
 
 def save_checkpoint(run):
@@ -2278,7 +2281,7 @@ def step_optimizer(run, model, optimizer):
     return norm
 
 
-MOMENTS = "exp_avg", "exp_avg_sq"  # of AdamW; in one order, for to_bf16() draws
+MOMENTS = {"exp_avg", "exp_avg_sq"}  # of AdamW; taken in one order, as to_bf16() draws
 
 
 def step_one_by_one(optimizer, params, where):
@@ -2286,7 +2289,7 @@ def step_one_by_one(optimizer, params, where):
     for p in params:
         optimizer.param_groups[0]["params"] = [p]
         state = optimizer.state[p]
-        for key in [key for key in MOMENTS if key in state]:
+        for key in sorted(MOMENTS & state.keys()):
             state[key] = state[key].to(p.device, torch.float32)
         optimizer.step()
         put_away(state, where)
@@ -2295,7 +2298,7 @@ def step_one_by_one(optimizer, params, where):
 
 def put_away(state, where):
     """Store AdamW's state of a parameter (dict) as --optimizer-state says."""
-    for key in [key for key in MOMENTS if key in state]:
+    for key in sorted(MOMENTS & state.keys()):
         state[key] = state[key].cpu() if where == "cpu" else to_bf16(state[key])
 
 
@@ -2582,7 +2585,7 @@ def commit():
 
 
 def command(body):
-    """Run body() as a shell command: its exit status, or 2 and one line after a user's error."""
+    """Run body() as a shell command: its exit status, 130 when stopped, 2 after a user's error."""
     on_stops(signal.default_int_handler)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -2611,7 +2614,7 @@ def command(body):
 
 
 def main():
-    """`python nsr.py`: 0 when trained; the exception of STOPS or a closed pipe."""
+    """`python nsr.py`: 0 when trained; where it is stopped, it saves the run and raises again."""
     run = None
     try:
         given = parse_flags(sys.argv[1:])
@@ -2641,9 +2644,11 @@ def main():
             return 0
     except (KeyboardInterrupt, BrokenPipeError):
         on_stops(signal.SIG_IGN)  # an impatient second Ctrl-C
-        if run is None and not RANK:
+        if RANK:
+            raise
+        if run is None:
             print("\nstopped before training began: nothing to save", file=sys.stderr)
-        elif not RANK:
+        else:
             save_checkpoint(run)
             print(f"\nstopped after step {run.step} of {run.cfg.steps}, which is saved; go on with"
                   f"\n    {launcher(WORLD_SIZE)} --resume {run.path}", file=sys.stderr)

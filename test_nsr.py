@@ -369,7 +369,8 @@ f(2)<f(1)<f(4)  ==  f(4)>f(1)>f(2)  !=  f(1)<f(2)<f(4)  f(2)<f(1)
 \{1\pm\sqrt5,-2\}  ==  \{-2, 1-\sqrt5, 1+\sqrt5\}  -2, 1 \mp \sqrt5  !=  \{1+\sqrt5,-2\}  1\pm\sqrt5
 (1,2,3)  ==  P(1,2,3)  \text{Vertex: }(1,2,3)  \begin{bmatrix}1\\2\\3\end{bmatrix}  !=  (1,3,2)
 \begin{pmatrix} 1/2 \\ 1 \end{pmatrix}  ==  \frac12\begin{pmatrix} 1 \\ 2 \end{pmatrix}  !=  (1, 2)
-\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  ==  \begin{pmatrix} 1 & 2 \\[2pt] 3 & 4 \\ \end{pmatrix}  !=  \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}  -2
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  ==  \begin{pmatrix} 1 & 2 \\[2pt] 3 & 4 \\ \end{pmatrix}
+  !=  \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}  -2
 15\text{ cm}^2  ==  15  15\text{ square cm}  15 cm²
 15\text{ cm}^2  ==  15\,\mathrm{cm^2}  !=  15\text{ cm}^3  15\text{ m}^2
 12\text{ m/s}  ==  12  12\ \frac{\text{m}}{\text{s}}  !=  12 km/h  \frac{12}{5}\text{ m/s}  5
@@ -379,7 +380,8 @@ f(2)<f(1)<f(4)  ==  f(4)>f(1)>f(2)  !=  f(1)<f(2)<f(4)  f(2)<f(1)
 \text{A5}_{11}  ==  A5_{11}  \mathrm{A5}_{11}  A5₁₁  !=  A5_{12}  A6_{11}  5_{11}
 2516_8  ==  2516_{8}  2516_{\text{eight}}  2516 \text{ (base 8)}
 2516_8  ==  2516 \text{ base eight}  !=  2516_9
-5  ==  10/2  !=  4 \approx 5  5 = 6  5:1  5 \text{ thousand}  5 \text{ squared}  5!  5 \text{ or } x  5 \pm 0
+5  ==  10/2  !=  4 \approx 5  5 = 6  5:1  5 \text{ thousand}  5 \text{ squared}  5!
+  5 \text{ or } x  5 \pm 0
 5\text{ squared}  ==  5 squared  !=  5\text{ cubed}  5  25  5\text{ minus}
 5  ==  five  5th  !=  5\text{ is wrong}  \text{not }5  5...  5+\infty-\infty  5 \in x \in y  \max 5
 4\pi  ==  4\pi \approx 12.57  !=  4\pi \approx 12.56e  4\pi \approx 14  4\pi ≈ \pi
@@ -392,7 +394,7 @@ x \ne 3  ==  3 \ne x  !=  x^2 \ne 9  x \ne 3,4  x = 3
 2^6 \cdot 3^5  ==  2^6 3^5  !=  2^6 + 3^5  2 6 3 5
 -7  ==  -\;7  !=  -1 7  -1\text{ cm }7  -7 7  -7 1
 1\frac{2}{25}  ==  1\text{ }\frac{2}{25}  1{\frac{2}{25}}
-1\frac{2}{25}  ==  \frac{27}{25}  !=  \frac{2}{25}  1\cdot\frac{2}{25}"""
+1\frac{2}{25}  ==  \frac{27}{25}  !=  \frac{2}{25}  1\cdot\frac{2}{25}""".replace("\n  ", "  ")  # an indented line goes on with a row
 PAIRS = [(gold, answer, k == 0) for row in TABLE.strip().splitlines()
          for gold, rest in [row.split("  ==  ")]
          for k, answers in enumerate(rest.split("  !=  ")) for answer in answers.split("  ")]
@@ -737,7 +739,8 @@ def test_rollout_of_other_models(name, options, budget):
         close(r.logp, logp)
     for step in ("no gradient", "gradient", "gradient checkpointing"):
         if step == "gradient checkpointing":
-            nsr.checkpoint_activations(model.train())
+            nsr.checkpoint_activations(model)
+            nsr.learning(model)
         with torch.set_grad_enabled(step != "no gradient"):
             stats, _ = nsr.token_stats(model, responses, 1.0)
         for row, logp in zip(stats.logprobs, alone):
