@@ -1049,7 +1049,7 @@ def model_path(name):
 
     Raises UserError where the name can only be that of a directory, and there is none.
     """
-    local, checkpoint = re.match(r"[./~]|out/|.*/.*/", name), Path(name, "checkpoint")
+    local, checkpoint = re.match(r"[./~]|out/|.*/.*/", str(name)), Path(name, "checkpoint")
     if local and not Path(name).is_dir():
         raise UserError(f"no model directory {name}; give one, or a hub name")
     return checkpoint if checkpoint.is_dir() else name

@@ -394,7 +394,8 @@ x \ne 3  ==  3 \ne x  !=  x^2 \ne 9  x \ne 3,4  x = 3
 2^6 \cdot 3^5  ==  2^6 3^5  !=  2^6 + 3^5  2 6 3 5
 -7  ==  -\;7  !=  -1 7  -1\text{ cm }7  -7 7  -7 1
 1\frac{2}{25}  ==  1\text{ }\frac{2}{25}  1{\frac{2}{25}}
-1\frac{2}{25}  ==  \frac{27}{25}  !=  \frac{2}{25}  1\cdot\frac{2}{25}""".replace("\n  ", "  ")  # an indented line goes on with a row
+1\frac{2}{25}  ==  \frac{27}{25}  !=  \frac{2}{25}  1\cdot\frac{2}{25}""".replace(
+    "\n  ", "  ")  # an indented line goes on with a row
 PAIRS = [(gold, answer, k == 0) for row in TABLE.strip().splitlines()
          for gold, rest in [row.split("  ==  ")]
          for k, answers in enumerate(rest.split("  !=  ")) for answer in answers.split("  ")]
