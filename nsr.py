@@ -1072,7 +1072,7 @@ def load_model(name, device, kind=AutoModelForCausalLM, **options):
     if model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # as in countdown_base()
     for module in model.modules():
-        for key, value in [*vars(module).items()]:  # models give it many names
+        for key, value in [*vars(module).items()]:  # dropout has many names
             if isinstance(value, float) and ("drop" in key or isinstance(module, torch.nn.Dropout)):
                 setattr(module, key, 0.0)
     if model.can_generate():
@@ -1562,7 +1562,7 @@ def check_reading(model, name):
             logp = token_stats_from_logits(whole, text[:, -len(r.ids) :]).logprobs.cpu()
             gaps += [(x - logp).abs().max().item() for x in (row, torch.tensor(r.logp))]
         wrong = "" if max(gaps) < 0.01 else f"log-probs differ by {max(gaps):.2g}"
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # a model without such a cache fails in its own way
         wrong = first_line(e)
