@@ -1114,7 +1114,7 @@ def rollout(
         stop_if_asked()
         free = [row for row in range(size) if owner[row] is None]
         if waiting and 8 * len(free) >= size:
-            for rows in split(free[: len(waiting)], 1 + size // 4):
+            for rows in split(free[: len(waiting)], 1 + size // 2):
                 mine, waiting = waiting[: len(rows)], waiting[len(rows) :]
                 batch.fill(model, rows, [prompts[i] for i in mine], [seeds[i] for i in mine])
                 for row, i in zip(rows, mine):
@@ -2618,7 +2618,7 @@ def verify_countdown(response, gold):
     if sorted(re.findall(r"\d+", text)) != sorted(numbers.split()) or not _SUM.fullmatch(text):
         return False
     try:
-        return _value(parse_answer(text)) == int(target)
+        return _value(_parse(tuple(_tokens(text)))) == int(target)
     except _NO_VALUE:  # unbalanced
         return False
 
