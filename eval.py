@@ -136,9 +136,10 @@ def sample_sets(name, sets, args, begun, done):
         file = re.sub(r"[^\w.-]+", "-", f"{name}--{data}").strip("-.")[-200:]
         path = Path(args.out, f"{file}.jsonl")
         greedy = settings | {"n": 1, "temperature": 0.0, "top_p": 1.0}
-        sample(path.parent / "greedy" / path.name, model, tokenizer, kept, greedy, args)
-        begun.append(path)
-        sample(path, model, tokenizer, kept, settings, args)
+        with nsr.lock(path.with_suffix(".lock")):
+            sample(path.parent / "greedy" / path.name, model, tokenizer, kept, greedy, args)
+            begun.append(path)
+            sample(path, model, tokenizer, kept, settings, args)
         done.append(path)
 
 
@@ -242,8 +243,8 @@ class Found:
     tallies: dict  # {question_id: {measure: value}}, of the problems that have all n responses
 
 
-def load(path, rescore, ks=None):
-    """Found of a file of responses.
+def load(path, rescore, ks=None, problems=None):
+    """Found of a file of responses, of its first `problems` (None: all).
 
     rescore: verdicts are made anew, and those that change are printed. ks: the k of Pass@k.
     Raises UserError.
@@ -262,7 +263,7 @@ def load(path, rescore, ks=None):
     if ks and max(ks) > n:
         raise UserError(f"{path}: Pass@{max(ks)} takes more than its {n} responses to a problem")
     tallies = {}
-    for question, group in groups.items():
+    for question, group in [*groups.items()][:problems]:
         if len(group) >= n:
             tallies[question] = tally([*group.values()][:n], ks)
     greedy = path.parent / "greedy" / path.name
@@ -594,7 +595,8 @@ def main():
     if not files:
         files, status = sample_models(args)
     if files:
-        report([load(path, args.rescore, args.k) for path in files], args)
+        problems = None if args.rescore else args.problems
+        report([load(path, args.rescore, args.k, problems) for path in files], args)
     return status
 
 

@@ -32,14 +32,15 @@ import argparse
 import cmath
 import collections
 import contextlib
+import fcntl
 import hashlib
-import importlib
 import inspect
 import itertools
 import json
 import math
 import operator
 import os
+import pkgutil
 import random
 import resource
 import shutil
@@ -173,7 +174,7 @@ def value_loss(value, old_value, returns, loss_mask, denom, clip=0.2):
 class Response:
     """What the policy drew after a prompt, and what the loop finds out about it.
 
-    Tensors are (tokens,) float32 on the CPU: a value for each token of the response.
+    Tensors are on the CPU, and (tokens,) float32 if no other shape is given.
     """
 
     prompt_ids: list  # of int
@@ -194,15 +195,17 @@ class Response:
 
 
 def train(run):
-    """Sample, verify, weigh, update: from run.step to cfg.steps. Raises Stopped."""
-    cfg, first_step, started = run.cfg, run.step, time.time()
+    """Sample, verify, weigh, update: from run.step to cfg.steps. Raises Stopped and UserError."""
+    cfg, first_step = run.cfg, run.step
     evaluate(run)
+    started = time.time()
     while run.step < cfg.steps:
         responses, metrics = collect(run)
         updating = time.time()
         metrics |= update(run, responses)
         run.step += 1
         metrics["time"]["update"] = time.time() - updating
+        metrics["memory_gb"] = peak_memory(run.model.device)
         log_step(run, responses, metrics)
         done = run.step - first_step
         left = (time.time() - started) / done * (cfg.steps - run.step)
@@ -210,7 +213,8 @@ def train(run):
         if run.step % cfg.save_every == 0 or run.step == cfg.steps:
             save_checkpoint(run)
         evaluate(run)
-        stop_if_asked()
+        if any(sum_over_ranks(len(heard))):
+            raise Stopped
 
 
 def collect(run):
@@ -228,7 +232,6 @@ def collect(run):
     lam, beta = schedules(cfg, run.step, accuracy=correct / count)
     weigh(cfg, responses, lam, beta)
     metrics = measure(run, responses) | {"lam": lam, "beta": beta}
-    metrics["memory_gb"] = peak_memory(run.model.device)
     metrics["time"] = {"rollout": sampled - started, "score": time.time() - sampled}
     return responses, metrics
 
@@ -245,7 +248,7 @@ def score(run, responses):
                 ref_stats, _ = token_stats(run.reference, micro, run.cfg.temperature)
                 found["ref_logp"] = ref_stats.logprobs
             if run.critic:
-                found["value"], _ = critic_values(run.critic, micro)
+                found["value"] = critic_values(run.critic, micro)
         for name, values in found.items():
             for response, row in zip(micro, values.cpu()):
                 setattr(response, name, row[: len(response.ids)])
@@ -289,7 +292,7 @@ def update(run, responses):
         norms.append(step_optimizer(run, run.model, run.optimizer))
         if run.critic:
             step_optimizer(run, run.critic, run.critic_optimizer)
-    clipped, tokens = sum_over_ranks(clipped, sum(len(r.ids) for r in responses))
+    clipped, tokens = sum_over_ranks(int(clipped), sum(len(r.ids) for r in responses))
     grad_norm = sum(norms) / max(1, len(norms))
     return {"updates": len(norms), "grad_norm": grad_norm, "clip_frac": clipped / tokens}
 
@@ -310,13 +313,13 @@ def backward(run, micro, denom, kl_coef):
     loss.backward()
     if run.critic:  # PPO: its weights are its own, so this gradient is apart from the policy's
         with autocast(run):
-            value, _ = critic_values(run.critic, micro)
+            value = critic_values(run.critic, micro)
         old_value = padded_like(value, micro, "value")
         returns = padded_like(value, micro, "returns")
         value_loss(value, old_value, returns, mask, denom, cfg.clip).backward()
     rho = (logp.detach() - old_logp).exp()
-    stopped = (adv > 0) & (rho > 1 + cfg.clip) | (adv < 0) & (rho < 1 - cfg.clip)
-    return int(stopped[mask].sum())
+    clipped = (adv > 0) & (rho > 1 + cfg.clip) | (adv < 0) & (rho < 1 - cfg.clip)
+    return clipped.sum()  # where there are pads adv is 0
 
 
 def step_optimizer(run, model, optimizer):
@@ -354,7 +357,7 @@ def measure(run, responses):
                 "length": len(r.ids),
                 "entropy": r.entropy.sum().item(),
                 "rollout_gap": gap.sum().item(),
-                "confidence": r.confidence.item(),
+                "logp": r.old_logp.mean().item(),
                 "adv": r.adv.mean().item(),
             }
         )
@@ -366,12 +369,9 @@ def measure(run, responses):
     for name in ("entropy", "rollout_gap"):  # of a token
         metrics[name] = of[name].sum() / metrics["tokens"]
     for kind, verdict in (("correct", 1), ("incorrect", 0)):
-        confidence, adv = (of[name][of["correct"] == verdict] for name in ("confidence", "adv"))
-        some = len(adv) > 0
-        spread = np.quantile(confidence, [0.1, 0.5, 0.9]).tolist() if some else None
-        metrics[f"confidence_{kind}"] = spread
-        metrics[f"logp_{kind}"] = np.log(confidence.clip(1e-30)).mean() if some else None
-        metrics[f"adv_{kind}"] = adv.mean() if some else None
+        for name in ("logp", "adv"):
+            values = of[name][of["correct"] == verdict]
+            metrics[f"{name}_{kind}"] = values.mean() if len(values) else None
     return metrics
 
 
@@ -420,31 +420,47 @@ class Config:
     eval_problems: int = 100  # held-out problems to evaluate on
     eval_samples: int = 256  # responses to each of them: n of Pass@k
     save_every: int = 25  # steps between checkpoints
-    rollout_tokens: int = 2**16  # most tokens in the KV cache, prompts included
+    rollout_tokens: int = 0  # most tokens in the KV cache; 0: what a GPU holds, 65,536 on a CPU
+    gpu_memory_utilization: float = 0.9  # share of a GPU that the KV cache may fill with the rest
     micro_tokens: int = 2**13  # most tokens in a training pass, pads included
     bf16: bool = False  # bf16 autocast over float32 weights; the presets' on a GPU only
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
+    compile: bool = False  # torch.compile the layers in training passes
+    dry_run: bool = False  # say what two steps cost, by random weights, and write nothing
     device: str = ""  # cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu
 
 
-CHOICES = {"method": METHODS, "schedule": SCHEDULES}
 ABOVE_ZERO = (
     "steps prompts group_size updates lr max_prompt_tokens max_new_tokens temperature clip kappa "
-    "critic_lr grad_clip eval_problems eval_samples save_every rollout_tokens micro_tokens"
+    "critic_lr grad_clip eval_problems eval_samples save_every micro_tokens gpu_memory_utilization"
 ).split()
 QWEN_MATH = (  # the paper's settings at 1/8 of its batch and 2/3 of its length
     "--model Qwen/Qwen2.5-Math-1.5B --data math-train --eval-data math500 --steps 100 "
     "--prompts 128 --updates 4 --lr 1e-6 --critic-lr 1e-5 --max-new-tokens 2048 --eval-samples 4 "
-    "--save-every 5 --rollout-tokens 262144 --micro-tokens 16384 --bf16 --gradient-checkpointing"
+    "--save-every 5 --micro-tokens 16384 --bf16 --gradient-checkpointing"
 )
 PRESETS = {
     "countdown": "",
     "qwen-math": QWEN_MATH,
     "qwen-math-paper": f"{QWEN_MATH} --prompts 1024 --max-new-tokens 3072 --entropy-coef 1e-4",
 }
+CHOICES = {"method": METHODS, "schedule": SCHEDULES, "preset": [*PRESETS]}
 # what a resumed run may change: neither method, model nor data
 RESUMABLE = (
-    "resume steps eval_every save_every device rollout_tokens micro_tokens gradient_checkpointing"
+    "resume steps eval_every save_every device rollout_tokens gpu_memory_utilization micro_tokens "
+    "gradient_checkpointing compile"
+)
+
+
+QWEN_MATH_SHAPE = transformers.Qwen2Config(  # of the presets' model, for --dry-run
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+    tie_word_embeddings=True,
 )
 
 
@@ -459,8 +475,6 @@ def resolve(given):
     """
     embedded = all(given.get(name, "countdown") in BASES for name in ("model", "data"))
     preset = given.get("preset") or ("countdown" if embedded else "qwen-math")
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}: unknown; choose from {', '.join(PRESETS)}")
     usual = parse_flags(PRESETS[preset].split())
     if given.get("data", usual.get("data")) != usual.get("data"):
         usual.pop("eval_data", None)  # it goes with the preset's own --data
@@ -470,7 +484,7 @@ def resolve(given):
     if "bf16" not in given and (cfg.device == "cpu" or not torch.cuda.is_available()):
         cfg.bf16 = False  # a preset's is for a GPU
     check(cfg)
-    model_path(cfg.model)  # before data is downloaded
+    cfg.model = str(model_path(cfg.model))  # of a run, the checkpoint that it has now
     return cfg
 
 
@@ -758,14 +772,12 @@ def warm_up(model, tokenizer, steps, batch=64, lr=4e-3):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
     for step in range(steps):
-        examples = []
-        while len(examples) < batch:
+        responses = []
+        while len(responses) < batch:
             problem, expression = countdown_example(rng)
             if problem.question not in held_out:
-                examples.append((problem.question, f"\\boxed{{{expression}}}<eos>"))
-        questions, answers = zip(*examples)
-        prompts, ids = (tokenizer(texts)["input_ids"] for texts in (questions, answers))
-        responses = [Response(*pair, logp=[], stopped=True) for pair in zip(prompts, ids)]
+                texts = [problem.question, f"\\boxed{{{expression}}}<eos>"]
+                responses.append(Response(*tokenizer(texts)["input_ids"], logp=[], stopped=True))
         stats, mask = token_stats(model, responses, temperature=1.0)
         optimizer.zero_grad()
         (-stats.logprobs.sum() / mask.sum()).backward()
@@ -790,19 +802,28 @@ def model_path(name):
     return (checkpoints(Path(name)) or [name])[-1]
 
 
-def load_model(name, device, kind=transformers.AutoModelForCausalLM, **options):
+def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=False, **options):
     """(model, tokenizer) from a directory, a run's out/NAME, a hub name, or one of BASES.
 
     The model is in float32, without dropout: rollout and training pass see one policy.
-    Raises UserError.
+    shape_only: with random weights, and with the tokenizer of countdown. Raises UserError.
     """
     if name in BASES:
         path = on_first_rank(partial(countdown_base, BASES[name]))
     else:
         path = model_path(name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = kind.from_pretrained(path, dtype=torch.float32, **options)
+        if shape_only:
+            tokenizer = countdown_tokenizer()
+            config = QWEN_MATH_SHAPE
+            if name not in QWEN_MATH.split():
+                config = transformers.AutoConfig.from_pretrained(path)
+            for option, value in options.items():
+                setattr(config, option, value)
+            model = kind.from_config(config, dtype=torch.float32)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            model = kind.from_pretrained(path, dtype=torch.float32, **options)
     except Exception as e:  # files, formats and hub have no common error; all mean: no model
         raise UserError(
             f"cannot load the model {path} ({first_line(e)}); give a model directory, or a hub "
@@ -1003,6 +1024,8 @@ class Rows(transformers.Cache):
         self.ids = self.u.long()
         self.logp = self.u.float()
 
+    # what transformers asks of a cache
+
     def update(self, keys, values, layer_idx, *args, **kwargs):
         for x, new in zip(self.kv[layer_idx], (keys, values)):
             x[self.row, :, self.at] = new[:, :, 0].to(x.dtype)
@@ -1019,20 +1042,22 @@ class Rows(transformers.Cache):
 
     def fill(self, model, rows, prompts, seeds):
         """Put a response to each of prompts, drawn from the seed beside it, into these rows."""
-        device, place = self.row.device, {}
-        owner = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
-        rows, owner = torch.tensor([rows, owner], device=device)
-        ids, mask = padded(place, device)  # each prompt once, however many responses it has
-        last = mask.sum(1)[owner] - 1
+        device, numbers = self.row.device, {}  # of the prompts, each of which is read once
+        number = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+        rows, number = torch.tensor([rows, number], device=device)
+        ids, mask = padded(numbers, device)
+        end = mask.sum(1)[number] - 1  # the column of a prompt's last token
         cache = transformers.DynamicCache()
         model.base_model(ids, cache=cache, use_cache=True)
         for layer, read in enumerate(cache.layers):
             for kept, new in zip(self.kv_of(layer, read), (read.keys, read.values)):
-                kept[rows, :, : ids.shape[1]] = new[owner].to(kept.dtype)
+                kept[rows, :, : ids.shape[1]] = new[number].to(kept.dtype)
         u = np.stack([np.random.default_rng(seed).random(self.most + 1) for seed in seeds])
         self.u[rows] = torch.from_numpy(u).to(device)
-        self.at[rows] = last  # the first step reads the prompt's last token again
-        self.last[rows] = ids[owner, last]
+        # the first step reads the prompt's last token again; what pads left in later columns is
+        # overwritten before a row sees it
+        self.at[rows] = end
+        self.last[rows] = ids[number, end]
         self.t[rows] = 0
         self.going[rows] = True
 
@@ -1065,7 +1090,7 @@ class Rows(transformers.Cache):
         """A token more for every row. Its shapes depend on the window alone."""
         ids, position_ids = self.last[:, None], self.at[:, None]
         kind = model.config._attn_implementation
-        ALL_MASK_ATTENTION_FUNCTIONS[kind] = mask_by_row  # in place of the usual ones
+        ALL_MASK_ATTENTION_FUNCTIONS[kind] = mask_by_row  # here only: all else has the usual ones
         try:
             out = model(ids, position_ids=position_ids, cache=self, use_cache=True)
         finally:
@@ -1106,12 +1131,13 @@ def rollout(
     columns = max(map(len, prompts), default=0) + max_new_tokens
     size = max(1, min(rollout_tokens // columns, len(prompts)))
     batch = Rows(size, columns, max_new_tokens, stop_ids, model.device)
-    pause = 1 + max_new_tokens // 64  # steps between two looks at the GPU: which rows have ended?
+    pause = 1 + max_new_tokens // 64  # steps between two looks at which rows have ended
     owner = [None] * size  # the response that a row is for
     responses, waiting = [None] * len(prompts), [*range(len(prompts))]
     ended, tokens, started = 0, 0, time.time()
     while ended < len(prompts):
-        stop_if_asked()
+        if heard and WORLD_SIZE == 1:  # ranks stop after a step, together
+            raise Stopped
         free = [row for row in range(size) if owner[row] is None]
         if waiting and 8 * len(free) >= size:
             for rows in split(free[: len(waiting)], 1 + size // 2):
@@ -1119,7 +1145,6 @@ def rollout(
                 batch.fill(model, rows, [prompts[i] for i in mine], [seeds[i] for i in mine])
                 for row, i in zip(rows, mine):
                     owner[row] = i
-
         batch.set_window(pause)
         before = batch.t.sum()
         for _ in range(pause):
@@ -1140,8 +1165,8 @@ def rollout(
         if title and ended:
             seconds = time.time() - started
             left = duration(seconds / ended * (len(prompts) - ended))
-            rate = f"{tokens / seconds:,.0f} tokens/s"
-            live(f"{title}: {ended}/{len(prompts)} responses, {rate}, {left} left")
+            said = f"{title}: {ended}/{len(prompts)} responses, {tokens / seconds:,.0f} tokens/s"
+            live(f"{said}, {left} left")
     return responses
 
 
@@ -1167,7 +1192,7 @@ def micro_batches(responses, micro_tokens):
 
 
 def read_responses(model, responses):
-    """(what model gives before each response token (B, R, ...), the tokens, loss mask (B, R)).
+    """(what model gives where each response token is predicted (B, R, ...), tokens, loss mask (B, R)).
 
     model: of hidden states, logits or values. The loss mask is bool: the tokens of the response,
     its stop token included. It is one causal pass over prompt and response, padded on the right,
@@ -1182,22 +1207,25 @@ def read_responses(model, responses):
     return found.gather(1, before), ids, loss_mask
 
 
-@lru_cache(maxsize=2)  # the policy and its reference
 @torch.no_grad()
 def linear_head(model):
     """The model's torch.nn.Linear from last hidden states to logits; None if it does more to them.
 
-    Found by comparison, for soft-capping, scaling and adapters go by many names.
+    Found once, by comparison, for soft-capping, scaling and adapters go by many names.
     """
-    head, ids = model.get_output_embeddings(), torch.arange(4, device=model.device)[None]
-    with torch.autocast(model.device.type, enabled=False):
-        hidden = model.base_model(ids, use_cache=False)[0]
-        if type(head) is torch.nn.Linear and hidden.shape[-1] == head.in_features:
-            logits = model(ids, use_cache=False).logits
-            if torch.allclose(head(hidden), logits, rtol=1e-5, atol=1e-5):
-                return head
-    say("this model does more than a product to get its logits: they are held whole")
-    return None
+    head = model.get_output_embeddings()
+    if not hasattr(model, "head_is_linear"):
+        model.head_is_linear = False
+        ids = torch.arange(4, device=model.device)[None]
+        with torch.autocast(model.device.type, enabled=False):
+            hidden = model.base_model(ids, use_cache=False)[0]
+            if type(head) is torch.nn.Linear and hidden.shape[-1] == head.in_features:
+                logits = model(ids, use_cache=False).logits
+                close = torch.allclose(head(hidden), logits, rtol=1e-5, atol=1e-5)
+                model.head_is_linear = close
+        if not model.head_is_linear:
+            say("this model does more than a product to get its logits: they are held whole")
+    return head if model.head_is_linear else None
 
 
 def token_stats(model, responses, temperature):
@@ -1215,9 +1243,9 @@ def token_stats(model, responses, temperature):
 
 
 def critic_values(critic, responses):
-    """(values, loss mask) (B, R): what the critic expects to come before each response token."""
-    values, _, loss_mask = read_responses(critic, responses)
-    return values[..., 0].float(), loss_mask
+    """(B, R) float32: what the critic expects to come before each response token."""
+    values, _, _ = read_responses(critic, responses)
+    return values[..., 0].float()
 
 
 def autocast(run):
@@ -1225,12 +1253,35 @@ def autocast(run):
     return torch.autocast(run.model.device.type, torch.bfloat16, enabled=run.cfg.bf16)
 
 
-def checkpoint_activations(model):
-    """Let backward compute the activations of each layer again. Raises UserError if it cannot."""
-    try:
-        model.activation_checkpointing_enable()
-    except ValueError as e:
-        raise UserError(f"--gradient-checkpointing: {first_line(e)}")
+def prepare_training(model, cfg):
+    """Checkpoint and compile the layers as cfg says. Raises UserError where that cannot be."""
+    if cfg.gradient_checkpointing:
+        try:
+            model.activation_checkpointing_enable()
+        except ValueError as e:
+            raise UserError(f"--gradient-checkpointing: {first_line(e)}")
+    for layer in model.modules() if cfg.compile else ():
+        if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+@torch.no_grad()
+def cache_tokens(run):
+    """How many tokens of keys and values a GPU has room for; 2**16 on a CPU.
+
+    Beside what is there, and what training adds: AdamW's moments, gradients, weights in bf16.
+    """
+    device = run.model.device
+    if device.type == "cpu":
+        return 2**16
+    free, total = torch.cuda.mem_get_info(device)
+    free -= (1 - run.cfg.gpu_memory_utilization) * total
+    for part in filter(None, (run.model, run.critic)):
+        free -= (8 + 4 + 2) * part.num_parameters()
+    cache = transformers.DynamicCache()
+    run.model.base_model(torch.zeros(1, 1, dtype=torch.int64, device=device), cache=cache)
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    return max(1, int(free / numbers / (2 if run.cfg.bf16 else 4)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1292,7 +1343,7 @@ def sample(run, purpose, problems, n):
     for place, problem in problems.items():
         asked += [problem] * n
         seeds += [seed_of(cfg.seed, purpose, run.step, place, i) for i in range(n)]
-    with autocast(run):
+    with autocast(run), torch.compiler.set_stance("force_eager"):  # --compile is for training
         return sample_verified(
             run.model,
             run.tokenizer,
@@ -1300,8 +1351,8 @@ def sample(run, purpose, problems, n):
             seeds,
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
-            rollout_tokens=cfg.rollout_tokens,
-            title=f"step {run.step}/{cfg.steps}, {purpose}",
+            rollout_tokens=run.rollout_tokens,
+            title=f"{purpose} after step {run.step} of {cfg.steps}",
         )
 
 
@@ -1352,6 +1403,8 @@ class Run:
     reference: torch.nn.Module = None  # the model before training, where something asks for its KL
     critic: torch.nn.Module = None  # of ppo
     critic_optimizer: torch.optim.Optimizer = None
+    rollout_tokens: int = 2**16  # what the KV cache may hold
+    lock: object = None  # while it is open no other process goes on with this run
     step: int = 0  # steps done
     warned: set = field(default_factory=set)
 
@@ -1378,22 +1431,16 @@ def sum_over_ranks(*numbers):
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM was heard; the run holds its last whole step."""
+    """Ctrl-C or SIGTERM was heard, and the run is as after its last whole step."""
 
 
 heard = []  # signals
 
 
 def hear(signum, frame):
-    """Note a signal, for stop_if_asked(); a second one like it ends the process at once."""
+    """Note a signal; a second one like it ends the process at once."""
     heard.append(signum)
     signal.signal(signum, signal.SIG_DFL)
-
-
-def stop_if_asked():
-    """Raises Stopped if a signal was heard."""
-    if heard:
-        raise Stopped
 
 
 def first_line(error):
@@ -1438,14 +1485,28 @@ def write_whole(path, content):
     os.replace(unfinished, path)
 
 
+def lock(path):
+    """A file that is this process's own while it is open. Raises UserError if it is another's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is at work on {path.with_suffix('')}; wait for it to end")
+    return file
+
+
 @contextlib.contextmanager
 def whole_directory(path):
     """Yields a new directory that becomes `path` once the block has ended well."""
-    unfinished = Path(f"{path}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = Path(f"{path}.{os.getpid()}.tmp")
     unfinished.mkdir(parents=True)
-    yield unfinished
-    os.rename(unfinished, path)
+    try:
+        yield unfinished
+        if not path.exists():  # else another process was faster
+            os.rename(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def checkpoints(path):
@@ -1461,14 +1522,20 @@ def save_checkpoint(run):
     path = run.path / f"step-{run.step:05}"
     if RANK or path.exists():
         return
-    state = {"step": run.step, "optimizer": run.optimizer.state_dict()}
-    if run.critic:
-        state["critic"] = run.critic.state_dict()
-        state["critic_optimizer"] = run.critic_optimizer.state_dict()
-    with whole_directory(path) as unfinished:
-        run.model.save_pretrained(unfinished)
-        run.tokenizer.save_pretrained(unfinished)
-        torch.save(state, unfinished / "trainer.pt")
+    state = {"step": run.step}
+    for name in ("optimizer", "critic", "critic_optimizer"):
+        if part := getattr(run, name):
+            state[name] = part.state_dict()
+    try:
+        with whole_directory(path) as unfinished:
+            run.model.save_pretrained(unfinished)
+            run.tokenizer.save_pretrained(unfinished)
+            torch.save(state, unfinished / "trainer.pt")
+    except Exception as e:  # of a full disk each of the three says something else
+        raise UserError(
+            f"cannot write {path} ({first_line(e)}); what was saved before is whole: make room, "
+            f"and go on with --resume {run.path}"
+        )
     for other in run.path.glob("step-*"):  # older ones, and one that a kill has left unfinished
         if other != path:
             shutil.rmtree(other)
@@ -1512,13 +1579,14 @@ def log_step(run, responses, metrics):
     append_log(run.path / "metrics.jsonl", metrics)
     samples = {}
     for r in responses:
-        sample = {"step": run.step, "correct": r.correct, "question": r.problem.question}
-        sample |= {
+        samples[r.correct] = {
+            "step": run.step,
+            "correct": r.correct,
+            "question": r.problem.question,
             "answer": r.problem.answer,
             "response": r.text,
-            "confidence": float(r.confidence),
+            "confidence": r.confidence.item(),
         }
-        samples.setdefault(r.correct, sample)
     append_log(run.path / "samples.jsonl", *samples.values())
     for name, found, text in (
         (
@@ -1594,7 +1662,8 @@ def plot(run):
     for step, scores in scores_of(log).items():
         last.semilogx([*map(int, scores)], [*scores.values()], ".-", base=2, label=f"step {step}")
     last.set(title="Pass@k", xlabel="k")
-    last.legend()
+    if last.lines:
+        last.legend()
     figure.suptitle(f"{run.path.name}: {run.cfg.method} on {run.cfg.data}")
     figure.savefig(run.path / "curves.png")
 
@@ -1651,8 +1720,9 @@ def pick_device(name):
         if device.type == "cuda":
             if not torch.cuda.is_available():
                 raise ValueError("there is no GPU that this torch can use")
-            # kernels are launched on the current one
-            torch.cuda.set_device(device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            if WORLD_SIZE > 1 or device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)  # kernels are launched on the current one
             torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a plan for every shape
         torch.zeros(1, device=device)
     except Exception as e:  # torch raises three types for a device that is not there
@@ -1689,6 +1759,7 @@ def settings(given):
     if "resume" not in given:
         cfg = resolve(given)
         check_name(cfg.name)
+        Path("out").mkdir(exist_ok=True)  # where that fails, before any work is done
         return cfg, {}
     path = given["resume"]
     try:
@@ -1710,14 +1781,60 @@ def settings(given):
 
 def make_optimizer(cfg, model, lr):
     """cfg.optimizer of a model's weights. Raises UserError."""
-    module, _, name = cfg.optimizer.rpartition(".")
-    # fused: the default makes temporaries of the model's size
-    fused = cfg.optimizer == "torch.optim.AdamW" and model.device.type == "cuda"
+    options = {}
+    if cfg.optimizer == "torch.optim.AdamW" and model.device.type == "cuda":
+        options["fused"] = True  # else it makes temporaries of the model's size
     try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
+        return pkgutil.resolve_name(cfg.optimizer)(model.parameters(), lr=lr, **options)
+    except (ImportError, AttributeError, ValueError, TypeError) as e:
         raise UserError(f"--optimizer {cfg.optimizer}: {first_line(e)}")
-    return kind(model.parameters(), lr=lr, **({"fused": True} if fused else {}))
+
+
+def build_run(cfg, name):
+    """A Run with the model `name`, and what cfg asks for beside it; without problems and directory.
+
+    Raises UserError.
+    """
+    device = pick_device(cfg.device)
+    model, tokenizer = load_model(name, device, shape_only=cfg.dry_run)
+    run = Run(cfg, None, [], [], model, tokenizer, make_optimizer(cfg, model, cfg.lr))
+    if cfg.kl_coef:
+        reference, _ = load_model(cfg.model, device, shape_only=cfg.dry_run)
+        run.reference = reference.requires_grad_(False)
+    if cfg.method == "ppo":  # the model's own layers, with a new head of one number a token
+        torch.manual_seed(cfg.seed)
+        kind = transformers.AutoModelForTokenClassification
+        run.critic, _ = load_model(cfg.model, device, kind, cfg.dry_run, num_labels=1)
+        run.critic_optimizer = make_optimizer(cfg, run.critic, cfg.critic_lr)
+    for part in filter(None, (run.model, run.critic)):
+        prepare_training(part, cfg)
+    run.rollout_tokens = cfg.rollout_tokens or cache_tokens(run)
+    return run
+
+
+def dry_run(cfg):
+    """Two steps at full size, by random weights on made-up prompts of 150 tokens: what they cost."""
+    cfg.steps, rng = 2, random.Random(0)
+    run = build_run(cfg, cfg.model)
+    for _ in range(cfg.prompts):
+        problem = Problem("", "", "", lambda response, answer: rng.random() < 0.5)
+        problem.prompt_ids = rng.choices(range(1, 19), k=min(150, cfg.max_prompt_tokens))
+        run.problems.append(problem)
+    say(
+        f"dry run of {cfg.model}'s shape on {run.model.device}: responses are as long as they may "
+        f"be; KV cache of {run.rollout_tokens:,} tokens"
+    )
+    while run.step < cfg.steps:
+        started = time.time()
+        responses, metrics = collect(run)
+        updating = time.time()
+        metrics |= update(run, responses)
+        run.step += 1
+        metrics["time"]["update"] = time.time() - updating
+        metrics["memory_gb"] = peak_memory(run.model.device)
+        print_step(metrics, left=(2 - run.step) * (time.time() - started), header=run.step == 1)
+        phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in metrics["time"].items())
+        say(f"{phases}; peak memory {peak_memory(run.model.device):.1f} GB")
 
 
 def restore(run, checkpoint):
@@ -1738,37 +1855,26 @@ def restore(run, checkpoint):
 
 def open_run(cfg, stored):
     """The Run of these settings, new or to go on with. Raises UserError."""
-    device, path = pick_device(cfg.device), Path(cfg.resume)
-    train_problems, held_out = load_problems(cfg)
-    if len(train_problems) < cfg.prompts or not held_out:
+    path = Path(cfg.resume)
+    held = lock(path / "run.lock") if stored and RANK == 0 else None
+    problems, held_out = load_problems(cfg)
+    if len(problems) < cfg.prompts or not held_out:
         raise UserError(
-            f"{cfg.data} has {len(train_problems)} problems to train on and {len(held_out)} to "
-            f"hold out: too few for --prompts {cfg.prompts}; or --eval-data has all"
+            f"{cfg.data} has {len(problems)} problems to train on and {len(held_out)} to hold out: "
+            f"too few for --prompts {cfg.prompts}; or --eval-data has all"
         )
-    sha1 = hashlib.sha1(
-        repr([(p.question, p.answer) for p in train_problems + held_out]).encode()
-    ).hexdigest()
+    texts = [(p.question, p.answer) for p in problems + held_out]
+    sha1 = hashlib.sha1(repr(texts).encode()).hexdigest()
     if stored and stored["problems_sha1"] != sha1:
         raise UserError(
-            f"--resume {path}: {cfg.data} no longer holds the problems that the run "
-            "began with; put them back, or start a new run"
+            f"--resume {path}: {cfg.data} no longer holds the problems that the run began with; "
+            "put them back, or start a new run"
         )
     saved = checkpoints(path) if stored else []
-    model, tokenizer = load_model(path if saved else cfg.model, device)
-    train_problems = encode_prompts(train_problems, model, tokenizer, cfg)
-    held_out = encode_prompts(held_out[: cfg.eval_problems], model, tokenizer, cfg)
-    optimizer = make_optimizer(cfg, model, cfg.lr)
-    run = Run(cfg, path, train_problems, held_out, model, tokenizer, optimizer)
-    if cfg.kl_coef:
-        run.reference = load_model(cfg.model, device)[0].requires_grad_(False)
-    if cfg.method == "ppo":  # the model's own layers, with a new head of one number a token
-        torch.manual_seed(cfg.seed)
-        kind = transformers.AutoModelForTokenClassification
-        run.critic = load_model(cfg.model, device, kind, num_labels=1)[0]
-        run.critic_optimizer = make_optimizer(cfg, run.critic, cfg.critic_lr)
-    if cfg.gradient_checkpointing:
-        for part in filter(None, (run.model, run.critic)):
-            checkpoint_activations(part)
+    run = build_run(cfg, path if saved else cfg.model)
+    run.lock = held
+    run.problems = encode_prompts(problems, run.model, run.tokenizer, cfg)
+    run.held_out = encode_prompts(held_out[: cfg.eval_problems], run.model, run.tokenizer, cfg)
     if saved:
         restore(run, saved[-1])
 
@@ -1779,6 +1885,7 @@ def open_run(cfg, stored):
             versions = {name: module.__version__ for name, module in packages.items()}
             stored.update(versions, problems_sha1=sha1)
             cfg.resume = str(new_directory(cfg))
+            run.lock = lock(Path(cfg.resume, "run.lock"))
         for name in ("metrics.jsonl", "samples.jsonl"):
             log = Path(cfg.resume, name)
             write_log(log, [row for row in read_log(log) if row["step"] <= run.step])
@@ -1826,10 +1933,13 @@ def main():
             raise UserError("WORLD_SIZE is set, MASTER_ADDR is not: start with torchrun")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend)
+    if cfg.dry_run:
+        dry_run(cfg)
+        return 0
     run = open_run(cfg, stored)
     size = sum(p.numel() for p in run.model.parameters())
     say(
-        f"{cfg.method}, {cfg.steps} steps of {cfg.prompts} x {cfg.group_size} responses: "
+        f"{cfg.method}, preset {cfg.preset}: {cfg.steps} steps of {cfg.prompts} x {cfg.group_size} responses: "
         f"{cfg.model} ({size:,} parameters, {run.model.device}) on {cfg.data} "
         f"({len(run.problems):,} problems), into {run.path}"
     )
@@ -1850,8 +1960,8 @@ def main():
         torch.distributed.destroy_process_group()
     scores = scores_of(run.path / "metrics.jsonl")
     say(
-        f"\nOn {len(run.held_out)} held-out problems, {cfg.eval_samples} responses each, at "
-        f"temperature {cfg.temperature:g}, at equal steps and learning rate, not at equal Pass@1:"
+        f"\nOn {len(run.held_out)} held-out problems, {cfg.eval_samples} responses to each, at "
+        f"temperature {cfg.temperature:g}:"
     )
     for name, step in (("base", 0), (cfg.method, cfg.steps)):
         if step in scores:  # a log may have lost step 0
