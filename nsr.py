@@ -1982,8 +1982,8 @@ def main():
 
 MAX_CHARS = 500  # of an answer
 MAX_SCAN = 50_000  # characters before and after the last box that are looked at
-MAX_ITEMS = 40  # of a list whose items are compared each with each
-MAX_BITS = 1 << 14  # of an exact number
+MAX_ITEMS = 32  # of a list whose items are compared each with each
+MAX_BITS = 1 << 13  # of an exact number
 _BOX = re.compile(
     r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([+-]?\d+(?:\.\d+)?|[A-Za-z]))"
     r"|(?:\\\\)+|\\[{}]|[{}]"
@@ -2033,14 +2033,21 @@ _GAP = r"(?:\\[,!;:]|~|\s)*+"
 # fmt: off
 _REWRITES = {re.compile(pattern): new for pattern, new in {
     # matrices: \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} is ⟦ 1 & 2 ⏎ 3 & 4 ⟧
-    r"\\\\\s*+(?:\[[\w.\s]+\])?": "⏎",  # \\[2pt]
+    r"(?:\\\\)+\s*+(?:\[[\w.\s]+\])?": "⏎",  # \\[2pt]
+    r"\\left\s*\\\{(?=\s*\\begin)|\\right\s*\.": "",  # \left\{\begin{array}
     r"\\(?:left|right|middle|[bB]igg?[lr]?)(?![A-Za-z])": "",  # \left(
     r"\\begin\s*\{(?!v)\w+\*?\}(?:\s*\{[clr|\s]*\})?": "⟦",  # \begin{array}{cc}; vmatrix is none
     r"\\end\s*\{\w+\*?\}": "⟧",  # \end{array}
-    r"⏎\s*⟧": "⟧",  # 3 & 4 \\ \end{pmatrix}
-    # sets
+    r"(?<!\\)[,.;]\s*(?=[⏎⟧])|⏎(?=\s*⟧)": "",  # 3 & 4 \\ \end{pmatrix}
+    r"&\s*(?==)": "",  # x &= 3
+    r"(?:(?<!\\),\s*)?&\s*(?:\\text\s*\{\s*(?:if|for)\s*\}\s*&?)?": "&",  # x, & \text{if} & x > 0
+    # sets, and families of numbers
+    r"[,\s]*(?:\\text\s*\{[\s,]*)?\b(?:where|for all)\b.*$": "",  # where k is an integer
+    r"(?<=[^\s$])[,(\s]*+(?:\\mid|[|:])?\s*\b[a-z]\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?+"
+     r"(?!\s*[\^_])\s*\)?": "",  # (k \in Z)
     r"(?i:no\s+(?:real\s+)?solutions?|empty\s+set)": "∅",  # no real solutions
-    r"\\mathbb\s*(?:\{R\}|R\b)|\\R\b|\b(?i:(?:(?:all|the)\s+)*+reals?(?:\s+numbers?)?)\b": "ℝ",
+    r"\\mathbb\s*(?:\{R\}|R\b)|\\R\b": "ℝ",  # \mathbb{R}
+    r"\b(?i:(?:(?:all|the)\s+)*+(?:reals|real\s+numbers?))\b": "ℝ",  # all real numbers
     r"\\\{\s*[A-Za-z]\s*(?:\\in\s*ℝ\s*)?(?:\\mid|\\vert|\\colon|[|:])": "⦃",  # \{x : x > 2\}
     r"([)\]}]\s*)U(?=\s*[(\[\\])": r"\1∪",  # (1, 2) U (3, 4)
     # spaces, and those in numbers
@@ -2053,30 +2060,46 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
     r"\[\s*-?\s*(?:\\infty|∞)|(?:\\infty|∞)\s*\]": "⟦",  # [-\infty, 0) is no interval
     # words: \text{cm} becomes "cm" in quotes, and so do units that stand bare
     '"': "",  # 5"
-    r"\\(?:text\w*|[mh]box|mathrm|operatorname)\s*\{((?:[^{}]|\^\{\d\})*)\}":
+    r"(?<=[a-z]{2})'s\b": "s",  # Newton's
+    r"\\(?:text\w*|[mh]box|mathrm|operatorname)\s*\{((?:[^{}]|\^\{-?\d\})*)\}":
      lambda m: re.sub(r"(?<!\\)\b[A-Za-z]+", r'"\g<0>"', m[1]),  # \text{two lines}
     '"([ie])"': r"\1",  # \mathrm{i}
+    r'\\mu\s*"': '"micro',  # \mu\mathrm{m}
+    r"(?:\\\$|\bUSD\b)\s*([\d.,]*\d)": r'\1"dollar"',  # \$2.50
+    r'(?<=\d)\s*\(\s*"?([a-z]{2,})"?\.?\s*\)': r'"\1"',  # 9 (quarters)
+    r'(?<=[\di] |\\[;,])(?:m|\\Omega)(?=[\^{23}]*[\s$.]*$)': r'"\g<0>"',  # 12 m^2
+    r'("hours?"|"feet"|"dollars")\s*"and"': r"\1",  # 2 hours and 30 minutes
     r'"?\b([apAP])"?\.\s?"?[mM]\b"?\.?': r'"\1m"',  # a.m.
     r'(?<![\\A-Za-z"])(?:[ckm]m|[km]g|ml|ft|lb|in|hr|mi|oz|yd|sq|no|[ap]m|[AP]M)(?![A-Za-z"])':
      r'"\g<0>"',  # 5 cm
     r'^\s*(?:"[A-Za-z]+"\s*+|[A-Z]?[a-z]{2,}+\s*+)++:': "",  # Vertex: (1, 2)
     r'\\[dt]?frac\s*\{\s*("\w+")\s*\}\s*\{\s*("\w+")\s*\}': r"\1/\2",  # \frac{m}{s}
-    r'(?<=")\s*/\s*"?([a-z]+)\b"?': r'"\1"',  # km/h
-    r'(?<=")[\s$.]*\^\s*\{?([23])\}?': r'"^\1"',  # cm^2
+    r'(?<=")\s*(?:/\s*"?|(?:[-·⋅]|\\cdot)\s*")([A-Za-z]+)\b"?': r'"\1"',  # km/h, N·m
+    r'(?<=")[\s$.]*\^\s*\{?(-?\d)\}?': r'"^\1"',  # cm^2, s^{-1}
     # numbers
     r'(?<=\d)\s*\^?\s*(\{)?\s*"?(?:st|nd|rd|th)\b"?\s*(?(1)\})': "",  # 11^{th}
-    r'(?:\^\s*(\{)?\s*(?:\\circ|°|"?o\b"?)\s*(?(1)\})|\\circ|°|\\?"?\bdegrees?\b"?)(?:\s*[CF]\b)?':
-     "°",  # 90^{\circ}, 90 degrees, 20 °C
+    r'(?:\^\s*(\{)?\s*(?:\\circ|°|"?o\b"?)\s*(?(1)\})|\\circ|°|\\?"?\bdegrees?\b"?)'
+     r"(?:\s*[CF]\b)?": "°",  # 90^{\circ}, 90 degrees, 20 °C
+    r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?": r"\\overline{\1\2\3}",  # 0.\dot3\dot6
     r"(\d*\.(\d*))\\(?:overline|bar|dot)\s*\{?(\d+)\}?": _repeated,  # 0.1\overline{6}
     rf"(?<![\d.^_])(?P<n>\d+)(?:{_GAP}(\{{)?\\[dtc]?frac\s*"
      r"(?:\{\s*(?P<a>\d+)\s*\}|(?P<a>\d))\s*(?:\{\s*(?P<b>[1-9]\d*)\s*\}|(?P<b>[1-9])(?!\d))"
      r"(?(2)\})|\s+(?P<a>\d+)/(?P<b>[1-9]\d*))": r"(\g<n>+\g<a>/\g<b>)",  # 3\frac18, 3 1/8
     r"\\[dtc]?(frac|binom)\s*(\d?)\s*(\d?)": r"\\\1 \2 \3 ",  # \dfrac12
+    r"(\d+)°\s*(\d+)(?:'|\^\s*\{?\\prime\s*\}?)(?:\s*(\d+)(?:''|\^\s*\{?(?:\\prime\s*)+\}?))?":
+     r"(\1+\2/60+0\3/3600)°",  # 63° 45' 12''
+    r"\bC\((\d+),\s*(\d+)\)": r"\\binom{\1}{\2}",  # C(10, 3)
     r"(?<![\\\w])[A-Z](?:_\{?\w+\}?|')?\s*(?=\([^()]*,[^()]*\)(?!\s*=))": "",  # P(1, 2)
     # separators that separate nothing
+    r"^\*\*(.*)\*\*$": r"\1",  # **73**
+    r'"?\b[aA]\b"?\s+(?="?(?!sin|cos|tan|log)[a-z]{3})': '"a"',  # a circle
+    r"^\]": "(",  # ]0, 1[
+    r"\[$": ")",  # [0, 1[
+    r"(?<=[\d)}])or(?=[A-Z(\\\d])": " or ",  # W=1orW=-1
     r'(?<![\s,;])(?:[,;]|\\[,;\s]|\s)++(?="?(?:and|or)\b)': " ",  # 1, 2, and 3
     r"^(?:[\s,=≈$]|\\approx)+": "",  # \approx 5
     r"(?<![\s,;:$\\])(?:[\s,;:$\\]|(?<!\.)\.(?!\.))++$": "",  # 5. but not 5...
+    r"^\[(\s*[a-z]\s*=.*)\]$": r"(\1)",  # [x = 1, y = 2]
 }.items()}
 # fmt: on
 
@@ -2092,8 +2115,9 @@ _SPELLINGS = dict.fromkeys(
     r"""
     \displaystyle \overline \underline \overrightarrow \vec \hat \boxed \text \textbf \mathrm
     \mathbf \mathit \mathsf \boldsymbol \bm \bf \rm \emph \angle \triangle \quad \qquad
-    \! \, \; \: \> \( \) \[ \] \$ \% \# \& $ % # ~ ' ` . \ € £ ¢
-    percent percentage the answer is option choice usd""".split(),
+    \! \, \; \: \> \( \) \[ \] \$ \% \# \& $ % # ~ ' ` . \ € £
+    percent percentage the there are answer is of option choice if
+    """.split(),
     "",
 )  # these say nothing
 for _line in r"""
@@ -2108,7 +2132,9 @@ for _line in r"""
     ≥ \ge \geq \geqslant >=
     ≠ \ne \neq !=
     ≈ \approx
-    = \in
+    = \in \equiv
+    \mod \pmod \bmod
+    .. \ldots \dots \cdots ...
     : \colon {:} to
     ÷ \over
     ∁ \choose
@@ -2140,29 +2166,44 @@ for _line in r"""
     \tan tg \tg
     \cot ctg \ctg
     \log lg \lg
-    "seconds" sec
+    "am" a.m.
+    "pm" p.m.
     "^2" square sq
     "^3" cubic
+    "mm" millimeters millimeter
+    "cm" centimeters centimeter
+    "m" meters meter metres metre
+    "km" kilometers kilometer
+    "g" grams gram
+    "kg" kilograms kilogram
+    "inch" inches in
+    "foot" feet ft
+    "yard" yards yd
+    "mile" miles mi
+    "s" seconds second sec
+    "minute" minutes min
+    "h" hours hour hr
+    "day" days
+    "week" weeks
+    "month" months
+    "year" years
+    "cent" cents ¢
+    "dollar" dollars
+    "angstrom" \AA
     """.strip().splitlines():
     _sign, *_others = _line.split()
     _SPELLINGS |= dict.fromkeys(_others, _sign)
-_NO_UNITS = {*"squared cubed plus minus times over through half halves thirds not wrong".split()}
-_UNITS = {
-    ("word", unit)
-    for unit in (
-        "mm cm m km g kg cents dollars seconds minutes hours days weeks months years inches feet "
-        "yards miles am pm"
-    ).split()
-}  # one spelling each: two of them are two units
-_POWERS = {("word", "^2"), ("word", "^3")}
+_NO_UNITS = {*"squared cubed plus minus over through half halves thirds not wrong".split()}
+_UNITS = {("word", sign[1:-1]) for sign in _SPELLINGS.values() if sign[:1] == '"'}
 _TOKEN = re.compile(
     r"""
     (\()?(?P<digits>(?=["A-F]*\d)["\dA-F]++(?:\.\d+)?)(?(1)\))(?:\\[,!;:]|\s)*   # 204_{five}
         (?P<base>_\s*(?:"?[^\W_]+"?|\{[^{}]*[^\W_][^{}]*\})|\(?\s*"?base\b"?\s*"?\w+"?\s*\)?)
     | (?P<num>\d+(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\d))?|\.\d+)
     | (?P<name>[fghFGHPW]\(\w+\)|[A-Za-z]\((?:[\w=",\s]|\(\w+\))+\)(?=\s*=)    # f(x) is a name
-        |[A-Za-z](?:_(?:\w|\{\w+\}))?'*(?![A-Za-z])|[π∞])
-    | "(?P<text>[^"]+)" | (?P<word>[A-Za-z]+)
+        |(?:\\(?!log_)[A-Za-z]+|"[A-Za-z]+"|[A-Za-z])\s*_\s*(?:\w|\\[A-Za-z]+   # \lambda_{red}
+            |\{(?:[^{}]|\{[^{}]*\})*\})'*|[A-Za-z]'*(?![A-Za-z])|[π∞])
+    | "(?P<text>[^"]+)" | (?P<word>[A-Za-z]+(?!_)|\p{Han}+)
     | (?P<sign>\\(?:[A-Za-z]+|.)|<=|>=|!=|\*\*|\+-|\.\.+|\{:\}|\S)""",
     re.VERBOSE | re.DOTALL,
 )
@@ -2185,12 +2226,12 @@ def _tokens(text):
         elif name in _FUNCTIONS:
             yield name
         elif kind == "name":
-            yield "sym", re.sub(r'[\s{}"]', "", found)
+            yield "sym", re.sub(r'[\s{}"\\]', "", found)
         elif kind == "sign":
             yield ("sym", found[1:]) if found[1:].isalpha() else found
         elif kind == "word" and found.isupper():  # AB is one name, xy are two
             yield "sym", low
-        elif kind == "word" and len(found) == 2:
+        elif kind == "word" and len(found) == 2 and found.islower():
             yield "sym", found[0]
             yield "sym", found[1]
         else:
@@ -2200,16 +2241,20 @@ def _tokens(text):
 @lru_cache(4096)
 def _read(text):
     """Tuple of the tokens of an answer (str)."""
+    if text.isdecimal():  # as most are
+        return (("num", int(text)),)
     text = " ".join(text.split())
     if not text.isascii():
         for pattern, new in _UNICODE.items():
             text = re.sub(pattern, new, text)
         text = unicodedata.normalize("NFKC", text).replace("⁄", "}{")
+        if len(text) > 2 * MAX_CHARS:
+            return (text,)
     if r"\begin" not in text:  # a backslash written twice, and no end of a row
         text = text.replace(r"\\", "\\")
     for pattern, new in _REWRITES.items():
         text = pattern.sub(new, text)
-    if not re.search("sin|cos|tan|sec|csc|cot", text):
+    if not re.search("sin|cos|tan|sec|csc|cot|cis", text):
         text = text.replace("°", "")
     text = _NUMERALS.get(text.strip('"').lower(), text)
     return tuple(_tokens(text))
@@ -2419,6 +2464,7 @@ _FUNCTIONS = {
     "arccos": cmath.acos,
     "arctan": cmath.atan,
     "exp": cmath.exp,
+    "cis": lambda x: cmath.exp(1j * x),
     "ln": cmath.log,
     "log": lambda x, base=10: cmath.log(x) / cmath.log(base),
     "abs": abs,
@@ -2457,7 +2503,8 @@ def _residue(tree):
     prime = 2**127 - 1
     what, *parts = tree
     if what == "^":
-        return pow(_residue(parts[0]), operator.index(_value(parts[1])), prime)
+        power = operator.index(_value(parts[1])) % (prime - 1)  # Fermat's little theorem
+        return pow(_residue(parts[0]), power, prime)
     if what[0] not in "+-*/":
         return operator.index(_value(tree)) % prime
     total, *others = map(_residue, parts)
@@ -2557,6 +2604,8 @@ def _member(tree, x):
 def _bounds(tree):
     """Where a set of reals begins or ends. Raises TypeError if that is not written in it."""
     what, *parts = tree
+    if len(parts) > MAX_ITEMS:
+        raise ValueError("too long")
     if what[0] in _JOINS:
         return sum(map(_bounds, parts), [])
     values = [_value(part) for part in parts if part[0] != "sym" or part[1] in _CONSTANTS]
@@ -2634,6 +2683,21 @@ def _unlabel(tree):
     return label, sides[0]
 
 
+def _solutions(items, label):
+    """Of x = 1, y = 2, x = 3, y = 4 the points (x, y) = (1, 2), (3, 4); of others themselves."""
+    equations = items[0][1:] if items[0][0] == "()" else items
+    if all(item[0] == "=" and _is_label(item[1]) for item in equations):
+        names = sorted({name for _, name, _ in equations}, key=str)
+        items = []
+        for start in range(0, len(equations), len(names)):
+            point = sorted(equations[start : start + len(names)], key=str)
+            labels, values = zip(*(equation[1:] for equation in point))
+            items.append(("=", ("()", *labels), ("()", *values)))
+    elif label:
+        items = [("=", label, item) for item in items]
+    return items
+
+
 def _distribute(tree):
     """A number times a matrix, as a matrix."""
     if tree[0] == "*" and tree[2][0][0] in "(⏎&":
@@ -2669,17 +2733,26 @@ def _same(a, b):
             return _same_region(a, b)
     if _is_list(a) or _is_list(b):
         items, others = _items(a), _items(b)
+        if len(items) != len(others):
+            items, others = _solutions(items, label), _solutions(others, other_label)
         if "⦃" in a[0] + b[0]:  # an element twice is once
             items, others = {*items}, {*others}
         return _same_items(items, others)
     kinds = {a[0][0], b[0][0]}
-    if kinds.isdisjoint(":[") or kinds <= {":", "/"} and len(a) == len(b) == 3:
+    if ":" in kinds and kinds <= {":", "/"}:  # 2:4:6 is 1:2:3
+        ratios = zip(a[2:], b[2:])
+        return len(a) == len(b) and all(_same(("/", a[1], x), ("/", b[1], y)) for x, y in ratios)
+    if kinds.isdisjoint(":["):
         verdict = _equal(a, b)
         if verdict is not None:
             return verdict
     if a[0] != b[0] or a[0] in ("num", "sym") or len(a) != len(b):
         return False
     return all(_same(x, y) for x, y in zip(a[1:], b[1:]))
+
+
+# the letter of a choice, with what it stands for or without: C, \text{(C)}, C) 12
+_CHOICE = re.compile(r"(?:\\(?:text|math)\w*\s*\{|[\s${(])*([A-J])[\s}]*(?:[.):]|[\s$}]*$)")
 
 
 def verify(response, gold):
@@ -2697,13 +2770,15 @@ def verify(response, gold):
         return False
     if max(len(answer), len(gold)) > MAX_CHARS:
         return answer == gold
+    chosen, choice = _CHOICE.match(answer), _CHOICE.match(gold)
+    if chosen and choice:
+        return chosen[1] == choice[1]
     a, b = _read(answer), _read(gold)
     if a == b:
         return a != ()
-    for units in (_UNITS, _POWERS):  # 15 cm^2 is 15, but neither 15 m^2 nor 15 cm^3
-        ours, others = units.intersection(a), units.intersection(b)
-        if ours and others and ours != others:
-            return False
+    ours, others = _UNITS.intersection(a), _UNITS.intersection(b)
+    if ours - others and others - ours:  # 15 cm^2 is 15, but neither 15 m^2 nor 15 cm^3
+        return False
     a, b = _parse(a), _parse(b)
     try:
         return None not in (a, b) and _same(a, b)

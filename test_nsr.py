@@ -395,7 +395,7 @@ x^2+y^2=13  ==  y^2+x^2=13  13 = x^2 + y^2  !=  13  x^2+y^2=12  x^2-y^2=13
 s^2 \le 8r^2  ==  8r^2 \ge s^2  2s^2 \le 16r^2  !=  s^2 \ge 8r^2  s^2 < 8r^2
 (1,2)  ==  \left( 1, 2 \right)  (1,2).  (x,y)=(1,2)  \langle 1,2 \rangle  !=  (2,1)  [1,2]  (1,2,3)
 (1,2),(3,4)  ==  (3,4),(1,2)  (1,2) \text{ and } (3,4)  \{(3,4),(1,2)\}  !=  (1,2),(4,3)  (1,2)
-x=5, y=6  ==  y=6, x=5  x = 5, y = 12/2  !=  x=6, y=5  x=5  (5,6)
+x=5, y=6  ==  y=6, x=5  x = 5, y = 12/2  (5,6)  !=  x=6, y=5  x=5  (6,5)
 1,-2  ==  -2,1  \{1,-2\}  x=1,-2  x=1 \text{ or } x=-2  1 and -2  !=  1,2  1  1,-2,3  1,1,-2  (1,-2)
 1 \pm \sqrt{19}  ==  1+\sqrt{19},1-\sqrt{19}  \{1-\sqrt{19},1+\sqrt{19}\}  !=  1+\sqrt{19}
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  ==  \begin{bmatrix}1&2\\3&4\end{bmatrix}  !=  1,2,3,4
@@ -474,7 +474,58 @@ x \ne 3  ==  3 \ne x  !=  x^2 \ne 9  x \ne 3,4  x = 3
 2^6 \cdot 3^5  ==  2^6 3^5  !=  2^6 + 3^5  2 6 3 5
 -7  ==  -\;7  !=  -1 7  -1\text{ cm }7  -7 7  -7 1
 1\frac{2}{25}  ==  1\text{ }\frac{2}{25}  1{\frac{2}{25}}
-1\frac{2}{25}  ==  \frac{27}{25}  !=  \frac{2}{25}  1\cdot\frac{2}{25}""".replace(
+1\frac{2}{25}  ==  \frac{27}{25}  !=  \frac{2}{25}  1\cdot\frac{2}{25}
+No  ==  \text{No}  no  \text{no}.  \textbf{No}  !=  Yes  n  N  o
+\text{A circle}  ==  A circle  \text{a circle}  \mathrm{A\ circle}  !=  a square  circle of radius 2
+\text{Not a function}  ==  not a function.  Not a function  !=  \text{a function}  function
+\text{not prime}  ==  not prime  \text{not } prime  !=  prime  \text{not composite}
+\text{two real roots}  ==  two real roots  !=  \text{no real roots}  2
+\text{Newton's method}  ==  Newton's method  newton's method  !=  Euler's method
+\text{none of the above}  ==  None of the above.  !=  \text{all of the above}
+\alpha_1+1  ==  1+\alpha_{1}  α_1+1  !=  \alpha_2+1  \beta_1+1  \alpha+1
+a_{n-1}+1  ==  1 + a_{n - 1}  !=  a_{n+1}+1  a_n+1
+\lambda_{\text{red}}  ==  \lambda_{red}  \lambda_{\mathrm{red}}  !=  \lambda_{\text{blue}}  \lambda
+m_{\max}=3n  ==  3n  m_{\text{max}} = 3n  !=  2n  m_{\min}=3n
+\frac{m_1v_1}{m_1+m_2}  ==  v_{1}\frac{m_{1}}{m_{2}+m_{1}}  !=  \frac{m_2v_1}{m_1+m_2}
+\sum_{k=1}^n k^2  ==  \sum_{k=1}^{n} k^{2}  !=  \sum_{k=0}^n k^2  \sum_{k=1}^n k^3
+(1,2)  ==  x=1,y=2  (x,y)=(1,2)  \begin{cases}x=1\\y=2\end{cases}  x=1 \text{ and } y=2
+  \left\{\begin{aligned}x&=1\\y&=2\end{aligned}\right.  !=  x=2,y=1  y=1,x=2
+x=1,y=2  ==  (1,2)  y=2,x=1  [x=1,y=2]  !=  (2,1)  x=1  y=2  (y,x)=(1,2)
+x=1,y=4;x=3,y=2  ==  (1,4),(3,2)  (x,y)=(3,2),(1,4)  x=1,y=4 \text{ or } x=3,y=2
+x=1,y=4;x=3,y=2  ==  (x,y) \in \{(1,4),(3,2)\}  !=  (1,2),(3,4)  (4,1),(2,3)  (1,4)
+\begin{cases} x & x>0 \\ 0 & x \le 0 \end{cases}
+  ==  \begin{cases} x, & \text{if } x>0, \\ 0, & \text{if } x \le 0. \end{cases}
+  !=  \begin{cases} x & x>0 \\ 1 & x \le 0 \end{cases}
+5\text{ meters}  ==  5  5\text{ m}  5 m  5\ \mathrm{m}  5\,\text{metres}  !=  5\text{ cm}  5\text{ min}
+\$18.90  ==  18.90  18.9\text{ dollars}  USD 18.90  18.90 \text{ USD}  !=  18.90\text{ cents}  1890
+13\text{ ft/s}  ==  13  13\ \mathrm{ft}/\mathrm{s}  13\text{ feet per second}  !=  13\text{ m/s}  31
+9.8\text{ m/s}^2  ==  9.8  9.8\ \mathrm{m\,s^{-2}}  9.8 \text{ m s}^{-2}  !=  8.9  9.8\text{ ft/s}^2
+12\text{ N}\cdot\text{m}  ==  12  12\text{ N·m}  12\ \mathrm{N}-\mathrm{m}  !=  21
+144\text{ in}^2  ==  144  144\text{ square inches}  144 sq in  !=  144\text{ in}^3  144\text{ cm}^2
+2\text{ hours }15\text{ minutes}  ==  2 hr 15 min  2\text{ hours and }15\text{ minutes}
+  !=  2\text{ hours }51\text{ minutes}  15\text{ hours }2\text{ minutes}
+C  ==  C. 12  C) 12  (C)\ 12  \textbf{(C)}\ 12  C: it increases  \text{C. yes}  !=  D. 12  B  12  A, C
+\text{(B)}  ==  B  B) none  \text{Option B}  !=  A) none  \text{A}  b
+9\text{ (quarters)}  ==  9  9 quarters  !=  8
+71\text{ times}  ==  71  71 times  !=  71\text{ squared}
+15元  ==  15  15 元  !=  51
+\frac{\pi}{4}+k\pi, k \in \mathbb{Z}  ==  \frac{\pi}{4}+k\pi  k\pi+\frac{\pi}{4}\ (k\in Z)
+  \{\frac{\pi}{4}+k\pi : k\in\mathbb{Z}\}  \frac{\pi}{4}+k\pi \text{ where } k \in \mathbb{Z}
+  !=  \frac{\pi}{4}+2k\pi, k\in\mathbb{Z}  \frac{\pi}{3}+k\pi
+2:4:6  ==  1:2:3  3:6:9  !=  1:2:4  3:2:1  1:2
+1,2,\ldots,n  ==  1, 2, \dots, n  1,2,...,n  1,2,\cdots,n  !=  1,2,\ldots,m  1,2,n
+n \equiv 1 \pmod 3  ==  n \equiv 1 \mod 3  1 \pmod{3}  !=  n\equiv 2\pmod 3  1 \pmod 4
+73  ==  **73**  !=  **37**
+0.\dot{3}\dot{6}  ==  \frac{4}{11}  0.\overline{36}  !=  0.36
+2\operatorname{cis}\frac{\pi}{3}  ==  1+i\sqrt{3}  !=  2\operatorname{cis}\frac{\pi}{6}
+63^\circ 45'  ==  63^{\circ}45^{\prime}  63.75^\circ  !=  63^\circ 54'
+[0,2\pi)  ==  [0,2\pi[  0 \le x < 2\pi  !=  ]0,2\pi[
+5\text{ or }-3  ==  5or-3  -3, 5  !=  5  3,5
+\begin{pmatrix} 1 \\\\ 2 \end{pmatrix}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}  !=  (2,1)
+x \geq 2  ==  [2,\infty)  2\leqslant x  !=  x \gt 2  (2,\infty)
+x \lt 2 \quad \text{or} \quad x \gt 5  ==  x<2 or x>5  (-\infty,2)\cup(5,\infty)  !=  x<2
+e^{it}  ==  e^{i t}  !=  e^{is}
+k \in \mathbb{Z}  ==  k \in \mathbb{Z}  !=  k""".replace(
     "\n  ", "  "
 )  # an indented line goes on with a row
 PAIRS = [
