@@ -1759,7 +1759,6 @@ def settings(given):
     if "resume" not in given:
         cfg = resolve(given)
         check_name(cfg.name)
-        Path("out").mkdir(exist_ok=True)  # where that fails, before any work is done
         return cfg, {}
     path = given["resume"]
     try:
@@ -1856,6 +1855,7 @@ def restore(run, checkpoint):
 def open_run(cfg, stored):
     """The Run of these settings, new or to go on with. Raises UserError."""
     path = Path(cfg.resume)
+    Path("out").mkdir(exist_ok=True)  # where that fails, before any work is done
     held = lock(path / "run.lock") if stored and RANK == 0 else None
     problems, held_out = load_problems(cfg)
     if len(problems) < cfg.prompts or not held_out:
