@@ -200,12 +200,7 @@ def train(run):
     evaluate(run)
     started = time.time()
     while run.step < cfg.steps:
-        responses, metrics = collect(run)
-        updating = time.time()
-        metrics |= update(run, responses)
-        run.step += 1
-        metrics["time"]["update"] = time.time() - updating
-        metrics["memory_gb"] = peak_memory(run.model.device)
+        responses, metrics = take_step(run)
         log_step(run, responses, metrics)
         done = run.step - first_step
         left = (time.time() - started) / done * (cfg.steps - run.step)
@@ -215,6 +210,17 @@ def train(run):
         evaluate(run)
         if any(sum_over_ranks(len(heard))):
             raise Stopped
+
+
+def take_step(run):
+    """One step of training. Returns its responses and its metrics (dict)."""
+    responses, metrics = collect(run)
+    updating = time.time()
+    metrics |= update(run, responses)
+    run.step += 1
+    metrics["time"]["update"] = time.time() - updating
+    metrics["memory_gb"] = peak_memory(run.model.device)
+    return responses, metrics
 
 
 def collect(run):
@@ -1192,11 +1198,12 @@ def micro_batches(responses, micro_tokens):
 
 
 def read_responses(model, responses):
-    """(what model gives where each response token is predicted (B, R, ...), tokens, loss mask (B, R)).
+    """(what model gives where each response token is predicted (B, R, ...), tokens, loss mask).
 
-    model: of hidden states, logits or values. The loss mask is bool: the tokens of the response,
-    its stop token included. It is one causal pass over prompt and response, padded on the right,
-    where no token looks: so it needs no mask, and a GPU may take its fastest attention.
+    model: of hidden states, logits or values. Tokens and mask are (B, R) int64 and bool; the mask
+    is on the tokens of the response, its stop token included. It is one causal pass over prompt
+    and response, padded on the right, where no token looks: so it needs no mask of attention, and
+    a GPU may take its fastest kernel.
     """
     texts, _ = padded([r.prompt_ids + r.ids[:-1] for r in responses], model.device)
     ids, loss_mask = padded([r.ids for r in responses], model.device)
@@ -1812,7 +1819,7 @@ def build_run(cfg, name):
 
 
 def dry_run(cfg):
-    """Two steps at full size, by random weights on made-up prompts of 150 tokens: what they cost."""
+    """Say what two steps at full size cost, by random weights on made-up prompts of 150 tokens."""
     cfg.steps, rng = 2, random.Random(0)
     run = build_run(cfg, cfg.model)
     for _ in range(cfg.prompts):
@@ -1825,12 +1832,7 @@ def dry_run(cfg):
     )
     while run.step < cfg.steps:
         started = time.time()
-        responses, metrics = collect(run)
-        updating = time.time()
-        metrics |= update(run, responses)
-        run.step += 1
-        metrics["time"]["update"] = time.time() - updating
-        metrics["memory_gb"] = peak_memory(run.model.device)
+        _, metrics = take_step(run)
         print_step(metrics, left=(2 - run.step) * (time.time() - started), header=run.step == 1)
         phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in metrics["time"].items())
         say(f"{phases}; peak memory {peak_memory(run.model.device):.1f} GB")
@@ -1939,9 +1941,9 @@ def main():
     run = open_run(cfg, stored)
     size = sum(p.numel() for p in run.model.parameters())
     say(
-        f"{cfg.method}, preset {cfg.preset}: {cfg.steps} steps of {cfg.prompts} x {cfg.group_size} responses: "
-        f"{cfg.model} ({size:,} parameters, {run.model.device}) on {cfg.data} "
-        f"({len(run.problems):,} problems), into {run.path}"
+        f"{cfg.method}, preset {cfg.preset}: {cfg.steps} steps of {cfg.prompts} x "
+        f"{cfg.group_size} responses: {cfg.model} ({size:,} parameters, {run.model.device}) on "
+        f"{cfg.data} ({len(run.problems):,} problems), into {run.path}"
     )
     for s in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(s) != signal.SIG_IGN:  # as under nohup

@@ -33,6 +33,8 @@ LOG2E = math.log2(math.e)
 
 
 class TokenStats(NamedTuple):
+    """What `token_stats_from_logits` returns: its docstring says of which shapes and units."""
+
     logprobs: Tensor
     entropy: Tensor
     confidence: Tensor
