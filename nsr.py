@@ -778,12 +778,14 @@ def warm_up(model, tokenizer, steps, batch=64, lr=4e-3):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
     for step in range(steps):
-        responses = []
-        while len(responses) < batch:
+        examples = []
+        while len(examples) < batch:
             problem, expression = countdown_example(rng)
             if problem.question not in held_out:
-                texts = [problem.question, f"\\boxed{{{expression}}}<eos>"]
-                responses.append(Response(*tokenizer(texts)["input_ids"], logp=[], stopped=True))
+                examples.append((problem.question, f"\\boxed{{{expression}}}<eos>"))
+        questions, answers = zip(*examples)
+        prompts, ids = (tokenizer(texts)["input_ids"] for texts in (questions, answers))
+        responses = [Response(*pair, logp=[], stopped=True) for pair in zip(prompts, ids)]
         stats, mask = token_stats(model, responses, temperature=1.0)
         optimizer.zero_grad()
         (-stats.logprobs.sum() / mask.sum()).backward()
