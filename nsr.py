@@ -816,15 +816,18 @@ def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=
     The model is in float32, without dropout: rollout and training pass see one policy.
     shape_only: with random weights, and with the tokenizer of countdown. Raises UserError.
     """
-    if name in BASES:
+    if name in BASES and not shape_only:
         path = on_first_rank(partial(countdown_base, BASES[name]))
     else:
         path = model_path(name)
     try:
         if shape_only:
             tokenizer = countdown_tokenizer()
-            config = QWEN_MATH_SHAPE
-            if name not in QWEN_MATH.split():
+            if name in BASES:
+                config = countdown_config()
+            elif name in QWEN_MATH.split():
+                config = QWEN_MATH_SHAPE
+            else:
                 config = transformers.AutoConfig.from_pretrained(path)
             for option, value in options.items():
                 setattr(config, option, value)

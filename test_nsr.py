@@ -1270,6 +1270,7 @@ def test_dry_run_says_what_steps_cost_and_writes_nothing(cli, base, tmp_path):
         status, out, err = cli(*flags, f"--method={method}")
         assert (status, err) == (0, "") and "KV cache of 65,536 tokens" in out
         assert len(re.findall(r"rollout [\d.]+ s, score [\d.]+ s, update [\d.]+ s; peak", out)) == 2
+    assert cli("--dry-run", "--prompts=4")[0] == 0  # makes no base policy
     assert not list(tmp_path.iterdir())
     shape = nsr.QWEN_MATH_SHAPE
     with torch.device("meta"):
