@@ -11,10 +11,11 @@ what is there is not sampled again. Rows have the fields of the NSR authors' fil
 """
 
 import csv
+import hashlib
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,13 @@ import torch
 import nsr
 from nsr import Config, UserError
 
-# how responses are drawn: on countdown as in training, else as the papers evaluate on MATH
-COUNTDOWN = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": Config.max_new_tokens}
+# how responses are drawn, if not as a run draws them: as the papers evaluate on MATH
 MATH = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 3072}
 FIELDS = {"question_id", "generation_id", "response", "gold_answer", "label"}  # in every row
-SETTINGS = ("model", "weights", "data", "n", *MATH)  # in every row that is sampled here
+# in every row that is sampled here
+SETTINGS = ("model", "weights", "data", "answer_pattern", "verifier", "n", *MATH)
+# flags of nsr.py, which say how problems are read, asked and checked
+TASK = "question_key answer_key instruction system answer_pattern verifier max_prompt_tokens"
 # Student's t at 97.5% by degrees of freedom; from 10 on it is 1.96 + 2.5 / n, to within 1%
 STUDENT_T = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FULL, FAINT = 1.0, 0.3  # how a curve is drawn
@@ -38,14 +41,14 @@ def parse_flags():
     """The flags of the command line, checked. Raises UserError."""
     parser = nsr.flag_parser(__doc__)
     flag = parser.add_argument
-    flag("models", nargs="*", help="directory, out/NAME, hub name, countdown, countdown-strong")
-    flag("--data", nargs="+", help="problem sets [countdown; else math-test aime2025 amc23]")
+    flag("models", nargs="*", help="directory, out/NAME, hub name, countdown[-hard]")
+    flag("--data", nargs="+", help="problem sets [what a run held out; else MATH, AIME, AMC]")
     flag("-n", type=int, default=256, help="responses to each problem [256]")
     flag("-k", type=int, nargs="+", help="columns of the table [1 2 4 ... n]")
     flag("--problems", type=int, help="only so many of each set, drawn at random [all]")
-    flag("--temperature", type=float, help="[0.6; 1 on countdown]")
-    flag("--top-p", type=float, help="draw from the likeliest of this mass [0.95; 1 on countdown]")
-    flag("--max-new-tokens", type=int, help="longest response in tokens [3072; 20 on countdown]")
+    flag("--temperature", type=float, help="[0.6; on what a run held out, its own]")
+    flag("--top-p", type=float, help="draw from the likeliest of this mass [0.95; 1 likewise]")
+    flag("--max-new-tokens", type=int, help="longest response in tokens [3072; the run's likewise]")
     flag("--rollout-tokens", type=int, default=2**16, help="most tokens in the KV cache [65536]")
     flag("--seed", type=int, default=0, help="decides every random draw [0]")
     flag("--compare", action="store_true", help="also the paired differences to the first model")
@@ -62,7 +65,10 @@ def parse_flags():
     flag("--out", default="out/eval", help="directory where responses are kept [out/eval]")
     flag("--rescore", nargs="+", type=Path, help="sample none; verify again what files hold")
     flag("--device", help="cpu, cuda, cuda:1, ... [cuda if there is one, else cpu]")
+    nsr.add_flags(parser, TASK.split())
     args = parser.parse_args()
+    if args.top_p and args.top_p > 1:
+        parser.error(f"--top-p {args.top_p}: is a share, 1 at most")
     if bool(args.models) == bool(args.rescore):
         parser.error("give models to evaluate, the runs (first) of --log, or files to --rescore")
     if args.at and not args.log:
@@ -88,16 +94,15 @@ def sample_models(args):
     Raises UserError.
     """
     for name in args.models:
-        nsr.model_path(name)  # before data is downloaded
-    names = args.data or ["math-test", "aime2025", "amc23"]
-    if not args.data and all(map(knows_countdown, args.models)):
-        names = ["countdown"]
-    sets = {}  # all, before the first is sampled
-    for name in names:
-        problems = nsr.shuffled_problems(name)
-        if name == "countdown":
-            _, problems = nsr.load_problems(Config())  # held out in training
-        sets[name] = problems[: args.problems]
+        nsr.check_model(name)  # before data is downloaded
+    runs = {}  # of each set the first run that held it out
+    for name in args.models:
+        cfg = config_of(name, args)
+        if cfg:
+            runs.setdefault(cfg.eval_data or cfg.data, cfg)
+    sets = {}  # {name: (problems, Config or None)}, all before the first is sampled
+    for name in args.data or runs or ["math-test", "aime2025", "amc23"]:
+        sets[name] = problem_set(name, runs, args)
     begun, done = [], []
     try:
         for name in args.models:
@@ -108,30 +113,64 @@ def sample_models(args):
     return done, 0
 
 
-def knows_countdown(name):
-    """Whether a model is a base policy of countdown, or a run that was trained on it."""
-    config = Path(name, "config.json")
-    return name in nsr.BASES or config.exists() and '"data": "countdown"' in config.read_text()
+def task_flags(args):
+    """{field of Config: value} of the flags in TASK that were given."""
+    return {name: value for name, value in vars(args).items() if name in TASK.split()}
+
+
+def config_of(name, args):
+    """Config of a model that is a run or an embedded base policy; None of another."""
+    cfg, _ = nsr.config_of(name)
+    if name in nsr.TASKS:
+        cfg = nsr.resolve({"preset": name})
+    return cfg and replace(cfg, **task_flags(args))
+
+
+def problem_set(name, runs, args):
+    """(problems, Config) of a set; the second is that of the run that held them out, or None.
+
+    Of what a run was trained on, only what it held out. Raises UserError.
+    """
+    cfg = runs.get(name)
+    if name in nsr.TASKS:
+        cfg = nsr.resolve({"preset": name})
+    for run in runs.values():
+        if Path(run.data).resolve() == Path(name).resolve():
+            cfg = run
+    if cfg and name == cfg.eval_data or not cfg:
+        problems = nsr.shuffled_problems(name, cfg or Config(**task_flags(args)))
+    else:
+        _, problems = nsr.load_problems(cfg)
+        if name not in nsr.TASKS:
+            nsr.say(f"{name} was trained on: these are the problems that the run held out")
+    return problems[: args.problems], cfg
 
 
 def sample_sets(name, sets, args, begun, done):
     """Sample from a model what its files lack; their paths are appended to begun, then to done.
 
-    sets: {name: problems}. Raises UserError.
+    sets: as problem_set() gives them. Raises UserError.
     """
     model, tokenizer = nsr.load_model(name, nsr.pick_device(args.device))
     bits = sum(int(p.data.view(torch.int32).sum()) for p in model.parameters())
-    for data, problems in sets.items():
+    for data, (problems, run) in sets.items():
+        papers = Config(system=nsr.papers_system(name), **task_flags(args))
+        cfg = config_of(name, args) or run or papers  # of its prompts
         settings = {
             "model": name,
             "weights": f"{bits % 2**64:x}",
             "data": data,
             "n": args.n,
+            "answer_pattern": cfg.answer_pattern or None,
+            "verifier": cfg.verifier or None,
         }
-        usual = COUNTDOWN if data == "countdown" else MATH
+        usual = MATH
+        if run:
+            usual = {"temperature": run.temperature, "top_p": 1.0}
+            usual["max_new_tokens"] = run.max_new_tokens
         for knob, value in usual.items():
             settings[knob] = getattr(args, knob) or value
-        cfg = Config(max_new_tokens=settings["max_new_tokens"])
+        cfg = replace(cfg, max_new_tokens=settings["max_new_tokens"])
         kept = nsr.encode_prompts(problems, model, tokenizer, cfg)
         file = re.sub(r"[^\w.-]+", "-", f"{name}--{data}").strip("-.")[-200:]
         path = Path(args.out, f"{file}.jsonl")
@@ -183,6 +222,7 @@ def sample(path, model, tokenizer, problems, settings, args):
                 tokenizer,
                 asked[some],
                 [row["seed"] for row in planned[some]],
+                pattern=settings["answer_pattern"],
                 rollout_tokens=args.rollout_tokens,
                 title=title,
                 **sampling,
@@ -198,6 +238,7 @@ def row_of(problem, i, seed):
     return {
         "question_id": problem.question,
         "generation_id": i,
+        "prompt_sha1": hashlib.sha1(repr(problem.prompt_ids).encode()).hexdigest()[:10],
         "seed": nsr.seed_of(seed, problem.question, i),
         "response": None,
         "pred_answer": None,
@@ -243,17 +284,17 @@ class Found:
     tallies: dict  # {question_id: {measure: value}}, of the problems that have all n responses
 
 
-def load(path, rescore, ks=None, problems=None):
+def load(path, args, ks=None, problems=None):
     """Found of a file of responses, of its first `problems` (None: all).
 
-    rescore: verdicts are made anew, and those that change are printed. ks: the k of Pass@k.
+    With --rescore verdicts are made anew, and those that change are printed. ks: the k of Pass@k.
     Raises UserError.
     """
     rows = nsr.read_log(path)
     if not rows or not all(FIELDS <= row.keys() for row in rows):
         raise UserError(f"{path}: no such file, or a line lacks one of {', '.join(sorted(FIELDS))}")
-    if rescore:
-        verify_again(path, rows)
+    if args.rescore:
+        verify_again(path, rows, args)
     settings = {key: rows[0].get(key) for key in SETTINGS}
     check_rows(path, rows, [settings] * len(rows))
     groups = {}
@@ -268,7 +309,7 @@ def load(path, rescore, ks=None, problems=None):
             tallies[question] = tally([*group.values()][:n], ks)
     greedy = path.parent / "greedy" / path.name
     if greedy.exists():
-        for question, measures in load(greedy, rescore).tallies.items():
+        for question, measures in load(greedy, args).tallies.items():
             if question in tallies:
                 tallies[question]["greedy"] = measures["Pass@1"]
     sampling = ", ".join(f"{key} {settings[key]}" for key in ("n", *MATH) if settings[key])
@@ -276,13 +317,17 @@ def load(path, rescore, ks=None, problems=None):
     return Found(path, model, data, sampling, tallies)
 
 
-def verify_again(path, rows):
-    """Set label and pred_answer of rows anew; print which verdicts change."""
-    changes = []
+def verify_again(path, rows, args):
+    """Set label and pred_answer of rows anew; print which verdicts change. Raises UserError."""
+    given, changes = task_flags(args), []
+    custom = nsr.load_verifier(given["verifier"]) if "verifier" in given else None
     for row in rows:
-        verify = nsr.verify_countdown if row.get("data") == "countdown" else nsr.verify
-        before, row["label"] = row["label"], verify(row["response"], row["gold_answer"])
-        row["pred_answer"] = nsr.extract_answer(row["response"])
+        countdown = re.fullmatch(r"\d+( \d+)+ = \d+", row["gold_answer"])
+        verify = custom or (nsr.verify_countdown if countdown else nsr.verify)
+        pattern = given.get("answer_pattern", row.get("answer_pattern"))
+        before = row["label"]
+        row["label"] = verify(row["response"], row["gold_answer"], pattern)
+        row["pred_answer"] = nsr.extract_answer(row["response"], pattern)
         if row["label"] != bool(before):
             changes.append(f"  {row['label']}: {row['pred_answer']!r} / {row['gold_answer']!r}")
     print(f"{path}: {len(rows)} responses, {len(changes)} verdicts changed", *changes, sep="\n")
@@ -596,7 +641,7 @@ def main():
         files, status = sample_models(args)
     if files:
         problems = None if args.rescore else args.problems
-        report([load(path, args.rescore, args.k, problems) for path in files], args)
+        report([load(path, args, args.k, problems) for path in files], args)
     return status
 
 

@@ -32,9 +32,12 @@ import argparse
 import cmath
 import collections
 import contextlib
+import csv
 import fcntl
 import hashlib
+import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -63,6 +66,7 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from kernels.linear_logprob import linear_logprobs
 from kernels.logprob import token_stats_from_logits
@@ -286,6 +290,7 @@ def update(run, responses):
     for model in filter(None, (run.model, run.critic)):
         model.train(cfg.gradient_checkpointing)  # only in train mode do layers look for it
     kl_coef = 0.0 if cfg.method == "ppo" else cfg.kl_coef  # PPO has it in the reward
+    risen = min(1.0, (run.step + 1) / max(1, cfg.lr_warmup))  # share of the learning rate
     for mini in split(responses, len(responses) // cfg.updates):
         # A = 0 has no gradient, so it needs no forward pass; but its tokens count in the ONE
         # denominator, which is fixed before the mini-batch is cut into micro-batches
@@ -295,9 +300,9 @@ def update(run, responses):
             continue
         for micro in micro_batches(used, cfg.micro_tokens):
             clipped += backward(run, micro, denom, kl_coef)
-        norms.append(step_optimizer(run, run.model, run.optimizer))
+        norms.append(step_optimizer(run, run.model, run.optimizer, risen * cfg.lr))
         if run.critic:
-            step_optimizer(run, run.critic, run.critic_optimizer)
+            step_optimizer(run, run.critic, run.critic_optimizer, risen * cfg.critic_lr)
     clipped, tokens = sum_over_ranks(int(clipped), sum(len(r.ids) for r in responses))
     grad_norm = sum(norms) / max(1, len(norms))
     return {"updates": len(norms), "grad_norm": grad_norm, "clip_frac": clipped / tokens}
@@ -328,7 +333,7 @@ def backward(run, micro, denom, kl_coef):
     return clipped.sum()  # where there are pads adv is 0
 
 
-def step_optimizer(run, model, optimizer):
+def step_optimizer(run, model, optimizer, lr):
     """Clip the gradient, summed over the ranks, and step. Returns its norm before clipping.
 
     Raises UserError, before the step, where it is not finite, on all ranks alike.
@@ -340,9 +345,11 @@ def step_optimizer(run, model, optimizer):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.cfg.grad_clip).item()
     if not math.isfinite(norm):
         raise UserError(
-            f"step {run.step + 1}: the gradient is not finite; stopped before the update, what "
-            f"{run.path} holds is sound; start a new run with a lower --lr"
+            f"step {run.step + 1}: the gradient is not finite; stopped before the update: start a "
+            "new run with a lower --lr"
         )
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()  # the gradient makes room for the next rollout
     return norm
@@ -394,8 +401,8 @@ class Config:
     """The settings of a run, each a flag: group_size is --group-size; the comments are --help."""
 
     method: str = "a-nsr"  # how a verdict becomes an advantage
-    preset: str = ""  # where settings start from: countdown, qwen-math (one GPU), qwen-math-paper
-    model: str = "countdown"  # causal LM: a directory, out/NAME, a hub name, countdown[-strong]
+    preset: str = ""  # where settings start from: countdown[-hard], qwen-math[-paper]
+    model: str = "countdown"  # causal LM: a directory, out/NAME, a hub name, countdown[-hard]
     data: str = "countdown"  # problems: JSON Lines, hf://datasets/OWNER/NAME/FILE, math-train, ...
     eval_data: str = ""  # held-out problems, named likewise; default: a tenth of --data
     steps: int = 125  # training steps T, one batch each; the schedules end at T
@@ -403,10 +410,17 @@ class Config:
     group_size: int = 8  # responses a prompt, G
     updates: int = 2  # optimizer updates a step: mini-batches of the batch
     lr: float = 1e-4  # learning rate, constant
+    lr_warmup: int = 0  # steps over which the learning rate first rises to it
     optimizer: str = "torch.optim.AdamW"  # any class that is called as it is
     seed: int = 0  # decides every random draw of the run
     name: str = ""  # write to out/NAME; default: METHOD-1, METHOD-2, ...
     resume: str = ""  # go on with the run in this directory, by its own settings
+    question_key: str = ""  # where a row of --data has its question; default: the usual names
+    answer_key: str = ""  # and its answer; both may be nested: extra_info.answer
+    instruction: str = None  # follows the question in the prompt; default: the papers'; "": none
+    system: str = None  # system message; default: the papers' for Qwen2.5-Math's base, else none
+    answer_pattern: str = ""  # regex; its last match's first group is the answer, instead of a box
+    verifier: str = ""  # FILE.py:FUNCTION, (response, answer) -> bool: checks instead of ours
     max_prompt_tokens: int = 1024  # problems with longer prompts are left out
     max_new_tokens: int = 20  # longest response in tokens, stop token included
     temperature: float = 1.0  # sampling temperature; log-probs are taken at it too
@@ -426,6 +440,8 @@ class Config:
     eval_problems: int = 100  # held-out problems to evaluate on
     eval_samples: int = 256  # responses to each of them: n of Pass@k
     save_every: int = 25  # steps between checkpoints
+    keep: int = 1  # checkpoints to keep, the newest
+    tensorboard: bool = False  # also write the metrics for TensorBoard
     rollout_tokens: int = 0  # most tokens in the KV cache; 0: what a GPU holds, 65,536 on a CPU
     gpu_memory_utilization: float = 0.9  # share of a GPU that the KV cache may fill with the rest
     micro_tokens: int = 2**13  # most tokens in a training pass, pads included
@@ -438,7 +454,8 @@ class Config:
 
 ABOVE_ZERO = (
     "steps prompts group_size updates lr max_prompt_tokens max_new_tokens temperature clip kappa "
-    "critic_lr grad_clip eval_problems eval_samples save_every micro_tokens gpu_memory_utilization"
+    "critic_lr grad_clip eval_problems eval_samples save_every keep micro_tokens "
+    "gpu_memory_utilization"
 ).split()
 QWEN_MATH = (  # the paper's settings at 1/8 of its batch and 2/3 of its length
     "--model Qwen/Qwen2.5-Math-1.5B --data math-train --eval-data math500 --steps 100 "
@@ -447,14 +464,15 @@ QWEN_MATH = (  # the paper's settings at 1/8 of its batch and 2/3 of its length
 )
 PRESETS = {
     "countdown": "",
+    "countdown-hard": "--model countdown-hard --data countdown-hard --max-new-tokens 24",
     "qwen-math": QWEN_MATH,
     "qwen-math-paper": f"{QWEN_MATH} --prompts 1024 --max-new-tokens 3072 --entropy-coef 1e-4",
 }
 CHOICES = {"method": METHODS, "schedule": SCHEDULES, "preset": [*PRESETS]}
 # what a resumed run may change: neither method, model nor data
 RESUMABLE = (
-    "resume steps eval_every save_every device rollout_tokens gpu_memory_utilization micro_tokens "
-    "gradient_checkpointing compile"
+    "resume steps eval_every save_every keep tensorboard device rollout_tokens "
+    "gpu_memory_utilization micro_tokens gradient_checkpointing compile"
 )
 
 
@@ -479,12 +497,20 @@ def resolve(given):
 
     Raises UserError where a setting is out of range or two do not fit together.
     """
-    embedded = all(given.get(name, "countdown") in BASES for name in ("model", "data"))
-    preset = given.get("preset") or ("countdown" if embedded else "qwen-math")
+    before, _ = config_of(given.get("model", "countdown"))  # whose model it begins with
+    embedded = all(given.get(name, "countdown") in TASKS for name in ("model", "data"))
+    preset = "countdown" if embedded else "qwen-math"
+    if before:
+        preset = before.preset
+    preset = given.get("preset") or preset
     usual = parse_flags(PRESETS[preset].split())
+    if before:
+        usual["system"] = before.system
     if given.get("data", usual.get("data")) != usual.get("data"):
         usual.pop("eval_data", None)  # it goes with the preset's own --data
     cfg = Config(**usual | given | {"preset": preset})
+    if cfg.system is None:
+        cfg.system = papers_system(cfg.model)
     if cfg.kl_coef is None:
         cfg.kl_coef = 1e-3 if cfg.method in ("grpo", "ppo") else 0.0
     if "bf16" not in given and (cfg.device == "cpu" or not torch.cuda.is_available()):
@@ -492,6 +518,13 @@ def resolve(given):
     check(cfg)
     cfg.model = str(model_path(cfg.model))  # of a run, the checkpoint that it has now
     return cfg
+
+
+def papers_system(model):
+    """The system message of the papers (str), for the base models that they train; else None."""
+    if re.search(r"Qwen2\.5-Math-[\d.]+B/?$", model):
+        return "You are a helpful assistant."
+    return None
 
 
 def check(cfg):
@@ -502,6 +535,20 @@ def check(cfg):
             raise UserError(f"{flag}: must be finite")
         if name in ABOVE_ZERO and value <= 0:
             raise UserError(f"{flag}: must be above 0")
+        if isinstance(value, (int, float)) and value < 0:
+            raise UserError(f"{flag}: must not be below 0")
+    if cfg.gpu_memory_utilization > 1:
+        raise UserError(
+            f"--gpu-memory-utilization {cfg.gpu_memory_utilization}: is a share, 1 at most"
+        )
+    try:
+        groups = re.compile(cfg.answer_pattern or "()").groups
+    except re.error as e:
+        raise UserError(f"--answer-pattern {cfg.answer_pattern}: {e}")
+    if groups == 0:
+        raise UserError(f"--answer-pattern {cfg.answer_pattern}: put the answer's part in ( )")
+    if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard: pip install tensorboard")
     if cfg.prompts % (cfg.updates * WORLD_SIZE):
         raise UserError(
             f"--prompts {cfg.prompts} does not divide into --updates {cfg.updates} on "
@@ -519,15 +566,20 @@ def check(cfg):
 class Problem:
     """A question, its answer, and how a response to it is checked."""
 
-    question: str
+    question: str  # the text, or the chat messages as JSON
     answer: str  # gold
     instruction: str  # follows the question in the prompt
-    verify: Callable  # (response, answer), two str -> bool: is it correct
+    verify: Callable  # (response, answer, answer pattern), three str -> bool: is it correct
+    messages: list = None  # of dict: the chat that asks it, where it brings one
     tags: dict = field(default_factory=dict)  # level and subject, where the data has them
     prompt_ids: list = None  # by encode_prompts()
 
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+QUESTION_KEYS = "problem question prompt content messages input"
+ANSWER_KEYS = (
+    "answer final_answer Answer reward_model.ground_truth ground_truth label target output"
+)
 GITHUB = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/main/evaluation/data"
 DOWNLOADS = {  # name: (address, git blob id; the hub has its own sums)
     "math-train": (f"{GITHUB}/math/train.jsonl", "47bc5462da8374bdcf53a7339bd48a7e28567676"),
@@ -563,84 +615,143 @@ def fetch(name):
         )
 
 
-def parse_problem(row):
-    """Problem from one row (dict) of MATH, GSM8K, AIME, DAPO, verl and their like.
+def read_rows(path):
+    """The rows of a file: dicts of a JSON array, CSV or Parquet; of JSON Lines the lines (str)."""
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise UserError(f"{path}: Parquet is read by pyarrow: pip install pyarrow")
+        return parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".csv":
+        return csv.DictReader(io.StringIO(text, newline=""))
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return text.split("\n")
+
+
+def parse_problem(row, question_key="", answer_key=""):
+    """Problem from one row (dict) of MATH, GSM8K, AIME, DAPO, verl, TinyZero and their like.
+
+    Its answer is "" where the row has none. Raises ValueError that says what is wrong.
 
     >>> parse_problem({"question": "2 + 2 = ?", "answer": "Two and two.\\n#### 4"}).answer
     '4'
-
-    Raises ValueError that says what is missing.
     """
-    question = first_of(row, "problem question prompt content")
-    if isinstance(question, list) and isinstance(question[-1], dict):  # chat messages
-        question = question[-1].get("content")
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError("no text in problem, question, prompt or content")
-    answers = first_of(row, "answer final_answer Answer")
-    if answers is None and isinstance(row.get("reward_model"), dict):
-        answers = row["reward_model"].get("ground_truth")
-    if answers is None:
+    names = question_key or QUESTION_KEYS
+    question = first_of(row, names)
+    problem = Problem(question, "", INSTRUCTION, verify)
+    if isinstance(question, list):  # a chat brings its own instruction
+        problem.messages = [chat_message(message) for message in question]
+        problem.instruction = ""
+        problem.question = json.dumps(problem.messages, ensure_ascii=False)
+    elif not isinstance(question, str) or not question.strip():
+        raise ValueError(f"no question in {names}; the row has {', '.join(map(str, row))}")
+    answer = first_of(row, answer_key or ANSWER_KEYS)
+    if answer is None and not answer_key:
         solution = row.get("solution") or ""
-        answers = extract_answer("\n".join(solution) if isinstance(solution, list) else solution)
-    if not isinstance(answers, list):
-        answers = [answers]
-    answer = ", ".join(map(clean_answer, answers))
-    if not answer:
-        raise ValueError(
-            "no answer in answer, final_answer, Answer or reward_model.ground_truth, "
-            "and no \\boxed{} in solution"
-        )
-    (question + answer).encode()  # half a character raises
+        answer = extract_answer("\n".join(solution) if isinstance(solution, list) else solution)
+    if isinstance(answer, str) and re.match(r'\s*[\[{]\s*"', answer):  # JSON in a string
+        answer = json.loads(answer)
+    if isinstance(answer, dict) and answer.keys() >= {"target", "numbers"}:
+        answer = f"{' '.join(map(str, answer['numbers']))} = {answer['target']}"
+        problem.instruction, problem.verify = COUNTDOWN, verify_countdown
+    answers = answer if isinstance(answer, list) else [answer]
+    problem.answer = ", ".join(map(clean_answer, answers))
+    (problem.question + problem.answer).encode()  # half a character raises
     tags = {"level": row.get("level"), "subject": first_of(row, "subject type")}
-    tags = {name: str(tag) for name, tag in tags.items() if tag}
-    return Problem(question, answer, INSTRUCTION, verify, tags)
+    problem.tags = {name: str(tag) for name, tag in tags.items() if tag}
+    return problem
 
 
 def first_of(row, names):
-    """The first value of row (dict) under one of names, without what is empty; None if none."""
-    return next((row[name] for name in names.split() if row.get(name) not in (None, "", [])), None)
+    """The first value of row (dict) under one of names, without what is empty; None if none.
+
+    >>> first_of({"answer": "", "reward_model": {"ground_truth": 7}}, ANSWER_KEYS)
+    7
+    """
+    for name in names.split():
+        value = row
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value not in (None, "", []):
+            return value
+    return None
+
+
+def chat_message(message):
+    """A chat message (dict) whose content is one text; it may be a list of parts."""
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a chat message needs content that is text")
+    return {"role": "user"} | message | {"content": "".join(texts)}
 
 
 def clean_answer(answer):
     """
     >>> clean_answer("so it is\\n#### 18"), clean_answer(27.0), clean_answer("$x^2$")
     ('18', '27', 'x^2')
+
+    Raises ValueError where an answer is neither text nor a number.
     """
     if answer is None:
         return ""
+    number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    if not isinstance(answer, str) and not (number and math.isfinite(answer)):
+        raise ValueError(f"the answer {answer!r} is neither text nor a number")
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     answer = str(answer).split("####")[-1].strip()
     return re.sub(r"^\$+([^$]+)\$+$", r"\1", answer).strip()
 
 
-def read_problems(name):
+def read_problems(name, cfg=Config()):
     """[Problem] of a file or name; a repeated question counts once. Raises UserError."""
-    if name == "countdown":
-        return countdown_problems()
-    problems, number = {}, 0
+    if name in TASKS:
+        return countdown_problems(name)
+    keys = ("", "") if name in DOWNLOADS else (cfg.question_key, cfg.answer_key)
+    problems, number, unanswered, repeated, other = {}, 0, 0, 0, 0
     try:
-        for number, line in enumerate(fetch(name).read_text(encoding="utf-8-sig").split("\n"), 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("not a JSON object")
-                problem = parse_problem(row)
-                problems.setdefault(problem.question, problem)
-    except (OSError, ValueError, TypeError, RecursionError) as e:
+        for number, row in enumerate(read_rows(fetch(name)), 1):
+            if isinstance(row, str):
+                if not row.strip():
+                    continue
+                row = json.loads(row)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            problem = parse_problem(row, *keys)
+            if not problem.answer:
+                unanswered += 1
+                continue
+            first = problems.setdefault(problem.question, problem)
+            repeated += first is not problem
+            other += first.answer != problem.answer
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, csv.Error) as e:
         place = f", line {number}" if number else ""
         raise UserError(
-            f"{name}{place}: {first_line(e)}; --data takes a JSON Lines file, or one of countdown, "
-            f"{', '.join(DOWNLOADS)}"
+            f"{name}{place}: {first_line(e)}; --data takes JSON Lines, a JSON array, CSV or "
+            f"Parquet, or one of countdown, {', '.join(DOWNLOADS)}"
+        )
+    if unanswered or repeated:
+        say(
+            f"{name}: left out {unanswered} rows without an answer in {keys[1] or ANSWER_KEYS}, "
+            f"and {repeated} that repeat a question, {other} of them with another answer"
         )
     if not problems:
-        raise UserError(f"{name} holds no problems")
+        raise UserError(f"{name} holds no problems with an answer; --answer-key says where it is")
     return list(problems.values())
 
 
-def shuffled_problems(name):
-    """read_problems(name) in an order that is the same in every run."""
-    problems = read_problems(name)
+def shuffled_problems(name, cfg):
+    """[Problem] of a file or name, in an order that is the same in every run. Raises UserError."""
+    problems = read_problems(name, cfg)
+    if cfg.verifier:
+        verifier = load_verifier(cfg.verifier)
+        for problem in problems:
+            problem.verify = verifier
     return random.Random(0).sample(problems, len(problems))
 
 
@@ -649,13 +760,53 @@ def load_problems(cfg):
 
     A tenth of --data is held out where there is no --eval-data, the same in every run.
     """
-    problems = shuffled_problems(cfg.data)
+    problems = shuffled_problems(cfg.data, cfg)
     if cfg.eval_data:
-        held_out = shuffled_problems(cfg.eval_data)
+        held_out = shuffled_problems(cfg.eval_data, cfg)
     else:
         held_out = problems[: len(problems) // 10]
     questions = {p.question for p in held_out}
     return [p for p in problems if p.question not in questions], held_out
+
+
+def load_verifier(name):
+    """The function of FILE.py:FUNCTION as a Problem's verify. Raises UserError."""
+    file, _, function = name.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("verifier", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        body = getattr(module, function)
+    except Exception as e:  # it is a program of the user's
+        raise UserError(f"--verifier {name}: {first_line(e)}; give FILE.py:FUNCTION")
+
+    def checked(response, answer, pattern=""):
+        try:
+            verdict = body(response, answer)
+            wrong = (
+                "" if verdict in (True, False) else f"returned {verdict!r}, neither True nor False"
+            )
+        except Exception as e:
+            wrong = f"raised {type(e).__name__}: {first_line(e)}"
+        if wrong:
+            raise UserError(f"--verifier {name} {wrong}, for the response {response!r}")
+        return bool(verdict)
+
+    return checked
+
+
+def say_unread(problems):
+    """Say how many gold answers the verifier can only compare letter by letter."""
+    unread = []
+    for p in problems:
+        if p.verify is verify:
+            if parse_answer(p.answer) is None or not verify(f"\\boxed{{{p.answer}}}", p.answer):
+                unread.append(p.answer)
+    if unread:
+        say(
+            f"{len(unread)} of {len(problems)} gold answers are beyond the verifier, such as "
+            f"{unread[0][:80]!r}: only a response that is written just so is correct"
+        )
 
 
 def batch_indices(step, prompts, count, seed):
@@ -674,14 +825,29 @@ def batch_indices(step, prompts, count, seed):
     return indices[first : first + prompts]
 
 
-# The embedded task, countdown: make a target of four numbers, each used exactly once.
+# The embedded tasks: make a target of a few numbers, each used exactly once.
 
 COUNTDOWN = (
-    "Use each of the four numbers exactly once, with + - * and parentheses, to make the number "
-    "after the equals sign. Put the expression within \\boxed{}."
+    "Use each of the numbers exactly once, with + - * / and parentheses, to make the number after "
+    "the equals sign. Put the expression within \\boxed{}."
 )
-BASES = {"countdown": 2500, "countdown-strong": 12000}  # embedded base policies: warm-up steps
 BASE_VERSION = 1  # raise it when what makes a base policy changes: those on disk are made anew
+
+
+@dataclass
+class Task:
+    """An embedded task: its problems, and how long its base policy is warmed up."""
+
+    numbers: tuple  # how many a problem has: (fewest, most)
+    targets: tuple  # (least, largest)
+    problems: int
+    warm_up_steps: int
+
+
+TASKS = {
+    "countdown": Task((4, 4), (1, 30), 4000, 2500),
+    "countdown-hard": Task((4, 6), (500, 5000), 20_000, 2000),
+}
 
 
 def random_expression(rng, numbers):
@@ -695,25 +861,29 @@ def random_expression(rng, numbers):
     return left + op + right, {"+": a + b, "-": a - b, "*": a * b}[op]
 
 
-def countdown_example(rng):
-    """(Problem, a random correct expression for it)."""
+def countdown_example(rng, task="countdown"):
+    """(Problem, a random correct expression for it) of one of TASKS."""
+    (fewest, most), (least, largest) = TASKS[task].numbers, TASKS[task].targets
     target = 0
-    while not 1 <= target <= 30:
-        numbers = [rng.randrange(1, 10) for _ in range(4)]
+    while not least <= target <= largest:
+        count = fewest
+        if fewest < most:
+            count = rng.randint(fewest, most)
+        numbers = [rng.randrange(1, 10) for _ in range(count)]
         expression, target = random_expression(rng, numbers)
     text = f"{' '.join(map(str, sorted(numbers)))} = {target}"
     return Problem(text, text, COUNTDOWN, verify_countdown), expression
 
 
-def countdown_problems(count=4000):
-    """The first `count` different problems that a fixed seed draws.
+def countdown_problems(task="countdown"):
+    """The first different problems of one of TASKS that a fixed seed draws.
 
-    >>> countdown_problems(1)[0].question
+    >>> countdown_problems()[0].question
     '2 2 6 8 = 6'
     """
     rng, problems = random.Random(0), {}
-    while len(problems) < count:
-        problem, _ = countdown_example(rng)
+    while len(problems) < TASKS[task].problems:
+        problem, _ = countdown_example(rng, task)
         problems.setdefault(problem.question, problem)
     return list(problems.values())
 
@@ -751,36 +921,37 @@ def countdown_tokenizer():
     return tokenizer
 
 
-def countdown_base(steps):
-    """Directory of an embedded base policy, made on first use: 2,500 steps take a minute or two.
+def countdown_base(task):
+    """Directory of the base policy of one of TASKS, made on first use, in a minute or two.
 
     Supervised on random correct expressions, for few enough steps that it stays imperfect and
     diverse: what a base model is to reinforcement learning.
     """
     torch.set_num_threads(1)  # so small a model that more would only wait for each other
-    path = Path("out", f"base-{steps}-v{BASE_VERSION}")
+    path = Path("out", f"base-{task}-v{BASE_VERSION}")
     if not path.exists():
+        steps = TASKS[task].warm_up_steps
         say(f"making the base policy, once: {steps} steps of supervised warm-up")
         tokenizer = countdown_tokenizer()
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(countdown_config())
-        warm_up(model, tokenizer, steps)
+        warm_up(model, tokenizer, task, steps)
         with whole_directory(path) as unfinished:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
     return path
 
 
-def warm_up(model, tokenizer, steps, batch=64, lr=4e-3):
+def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
     """Supervised training on random correct expressions of problems that are not held out."""
     rng, started = random.Random(0), time.time()
-    held_out = {p.question for p in load_problems(Config())[1]}
+    held_out = {p.question for p in load_problems(Config(data=task))[1]}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
     for step in range(steps):
         examples = []
         while len(examples) < batch:
-            problem, expression = countdown_example(rng)
+            problem, expression = countdown_example(rng, task)
             if problem.question not in held_out:
                 examples.append((problem.question, f"\\boxed{{{expression}}}<eos>"))
         questions, answers = zip(*examples)
@@ -810,20 +981,44 @@ def model_path(name):
     return (checkpoints(Path(name)) or [name])[-1]
 
 
+def no_model(path, error):
+    """The UserError for a model that cannot be loaded."""
+    return UserError(
+        f"cannot load the model {path} ({first_line(error)}); give a model directory, or a hub "
+        "name and the network that it takes"
+    )
+
+
+def check_model(name):
+    """Raises UserError where there is no model of that name, or only an adapter to one."""
+    path = model_path(name)
+    if name in TASKS:
+        return
+    if find_adapter_config_file(path):
+        raise UserError(
+            f"{path} is an adapter (LoRA): merge it into its base model first, by peft's "
+            "merge_and_unload(), and give the directory of the whole"
+        )
+    try:
+        transformers.AutoConfig.from_pretrained(path)
+    except Exception as e:  # files, formats and hub have no common error; all mean: no model
+        raise no_model(path, e)
+
+
 def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=False, **options):
-    """(model, tokenizer) from a directory, a run's out/NAME, a hub name, or one of BASES.
+    """(model, tokenizer) from a directory, a run's out/NAME, a hub name, or one of TASKS.
 
     The model is in float32, without dropout: rollout and training pass see one policy.
     shape_only: with random weights, and with the tokenizer of countdown. Raises UserError.
     """
-    if name in BASES and not shape_only:
-        path = on_first_rank(partial(countdown_base, BASES[name]))
+    if name in TASKS and not shape_only:
+        path = on_first_rank(partial(countdown_base, name))
     else:
         path = model_path(name)
     try:
         if shape_only:
             tokenizer = countdown_tokenizer()
-            if name in BASES:
+            if name in TASKS:
                 config = countdown_config()
             elif name in QWEN_MATH.split():
                 config = QWEN_MATH_SHAPE
@@ -835,11 +1030,10 @@ def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             model = kind.from_pretrained(path, dtype=torch.float32, **options)
-    except Exception as e:  # files, formats and hub have no common error; all mean: no model
-        raise UserError(
-            f"cannot load the model {path} ({first_line(e)}); give a model directory, or a hub "
-            "name and the network that it takes"
-        )
+    except Exception as e:  # as in check_model()
+        raise no_model(path, e)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"the model {path} has no weights to train: it is quantized or frozen")
     if model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # as in countdown_base()
     for module in model.modules():
@@ -881,32 +1075,49 @@ def check_reading(model, name):
         )
 
 
-def speaks_chat_ml(model, tokenizer):
-    """Whether the prompt of the papers, with <|im_start|>, is the model's own: Qwen's."""
-    return "qwen" in model.config.model_type and "<|im_start|>" in tokenizer.get_vocab()
-
-
 def stop_tokens(model, tokenizer):
     """Sorted ids of all tokens that end a response: a model may have several."""
     ids = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])}
-    if speaks_chat_ml(model, tokenizer):  # its base models name the end of text only
+    if "<|im_end|>" in str(tokenizer.chat_template):  # Qwen's base models name another only
         ids.add(tokenizer.get_vocab().get("<|im_end|>"))
     return sorted(ids - {None})
 
 
-def prompt_text(problem, model, tokenizer):
-    """(prompt, whether its tokens lack a bos) of a problem, in the form that the model knows."""
-    text = f"{problem.question}\n{problem.instruction}"
-    if speaks_chat_ml(model, tokenizer):
-        system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        user = f"<|im_start|>user\n{text}<|im_end|>\n"
-        return f"{system}{user}<|im_start|>assistant\n", False
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text, False
-    return text, True
+def prompt_text(problem, tokenizer, cfg):
+    """A problem's prompt (str): by the model's chat template, or the text alone where it has none.
+
+    Raises UserError where the template does not take it, or is needed and absent.
+    """
+    messages = problem.messages or [{"role": "user", "content": problem.question}]
+    instruction = problem.instruction if cfg.instruction is None else cfg.instruction
+    asked = max(i for i, m in enumerate(messages) if m["role"] == "user" or i == 0)
+    if instruction:
+        text = f"{messages[asked]['content']}\n{instruction}"
+        messages = [*messages]
+        messages[asked] = messages[asked] | {"content": text}
+    if cfg.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": cfg.system}, *messages]
+    if not tokenizer.chat_template:
+        if problem.messages or cfg.system:
+            raise UserError(
+                "chat messages and --system need a chat template, and the model's tokenizer has "
+                'none: give problems as text, with --system "", or another model'
+            )
+        return messages[0]["content"]
+    unfinished = messages[-1]["role"] == "assistant"  # the response continues it
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not unfinished,
+            continue_final_message=unfinished,
+        )
+    except Exception as e:  # it is a program, and raises what it likes
+        raise UserError(
+            f"the model's chat template does not take the prompt {problem.question[:80]!r} "
+            f"({first_line(e)}); change --system or the messages in the data"
+        )
 
 
 def encode_prompts(problems, model, tokenizer, cfg):
@@ -916,9 +1127,16 @@ def encode_prompts(problems, model, tokenizer, cfg):
     is left, or where prompt and response exceed the model's context.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    words = model.get_input_embeddings().num_embeddings
     for problem in problems:
-        text, bare = prompt_text(problem, model, tokenizer)
+        text = prompt_text(problem, tokenizer, cfg)
+        bare = not tokenizer.chat_template  # a template writes the bos itself
         problem.prompt_ids = tokenizer(text, add_special_tokens=bare)["input_ids"]
+        if max(problem.prompt_ids, default=words) >= words:
+            raise UserError(
+                f"the model has {words} tokens, and its tokenizer makes others, or none, of the "
+                f"prompt {text[:80]!r}: do the two belong together?"
+            )
     kept = [p for p in problems if len(p.prompt_ids) <= cfg.max_prompt_tokens]
     if not kept:
         raise UserError(f"no prompt is within --max-prompt-tokens {cfg.max_prompt_tokens}")
@@ -1333,10 +1551,10 @@ def tally(correct, answers, ks=None):
     return measures
 
 
-def sample_verified(model, tokenizer, problems, seeds, **sampling):
+def sample_verified(model, tokenizer, problems, seeds, pattern="", **sampling):
     """[Response]: one to each of problems, drawn from the seed beside it; text, answer and verdict.
 
-    sampling: what rollout() takes.
+    pattern: cfg.answer_pattern. sampling: what rollout() takes.
     """
     prompts, stops = [p.prompt_ids for p in problems], stop_tokens(model, tokenizer)
     responses = rollout(model, prompts, seeds, stop_ids=stops, **sampling)
@@ -1344,8 +1562,8 @@ def sample_verified(model, tokenizer, problems, seeds, **sampling):
     for response, problem, text in zip(responses, problems, texts):
         response.problem = problem
         response.text = text
-        response.answer = extract_answer(text)
-        response.correct = problem.verify(text, problem.answer)
+        response.answer = extract_answer(text, pattern)
+        response.correct = problem.verify(text, problem.answer, pattern)
     return responses
 
 
@@ -1361,6 +1579,7 @@ def sample(run, purpose, problems, n):
             run.tokenizer,
             asked,
             seeds,
+            pattern=cfg.answer_pattern,
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             rollout_tokens=run.rollout_tokens,
@@ -1384,7 +1603,7 @@ def evaluate(run):
     for name in tallies[0]:
         of = row["pass_at_k"] if name.startswith("Pass@") else row
         of[name.removeprefix("Pass@")] = sum(t[name] for t in tallies) / len(tallies)
-    append_log(log, row)
+    log_metrics(run, row)
     say(f"step {step}: {listed(row['pass_at_k'])}")
     plot(run)
 
@@ -1416,6 +1635,7 @@ class Run:
     critic: torch.nn.Module = None  # of ppo
     critic_optimizer: torch.optim.Optimizer = None
     rollout_tokens: int = 2**16  # what the KV cache may hold
+    writer: object = None  # of TensorBoard's file
     lock: object = None  # while it is open no other process goes on with this run
     step: int = 0  # steps done
     warned: set = field(default_factory=set)
@@ -1526,6 +1746,38 @@ def checkpoints(path):
     return sorted(path.glob("step-*[0-9]"), key=lambda step: int(step.name.removeprefix("step-")))
 
 
+def run_directory(path):
+    """Path of the run that a path is of: of its directory, or of a checkpoint in it."""
+    path = Path(path)
+    return path.parent if path.name.startswith("step-") else path
+
+
+def config_of(name):
+    """(Config, content of config.json) of a run; (None, {}) where `name` is none."""
+    try:
+        stored = json.loads((run_directory(name) / "config.json").read_text())
+        stored["problems_sha1"]  # of a model another
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, {}
+    known = {knob.name: stored.get(knob.name, knob.default) for knob in fields(Config)}
+    return Config(**known), stored
+
+
+def collapsed_steps(run):
+    """The steps (int) whose batch had less than a tenth of the best share correct before them.
+
+    None where the best is but a few responses, of which there may be none by chance.
+    """
+    best, steps = 0.0, set()
+    for row in read_log(run.path / "metrics.jsonl"):
+        if "correct" in row:
+            best = max(best, row["correct"])
+            expected = best * run.cfg.prompts * run.cfg.group_size
+            if expected > 20 and row["correct"] < best / 10:
+                steps.add(row["step"])
+    return steps
+
+
 def save_checkpoint(run):
     """Write out/NAME/step-00025: a model directory that loads anywhere, and the trainer's state.
 
@@ -1548,8 +1800,12 @@ def save_checkpoint(run):
             f"cannot write {path} ({first_line(e)}); what was saved before is whole: make room, "
             f"and go on with --resume {run.path}"
         )
+    kept = checkpoints(run.path)
+    collapsed = [run.path / f"step-{step:05}" for step in collapsed_steps(run)]
+    sound = [checkpoint for checkpoint in kept if checkpoint not in collapsed]
+    kept = kept[-run.cfg.keep :] + sound[-1:]
     for other in run.path.glob("step-*"):  # older ones, and one that a kill has left unfinished
-        if other != path:
+        if other not in kept:
             shutil.rmtree(other)
     plot(run)
 
@@ -1578,6 +1834,20 @@ def append_log(path, *rows):
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def log_metrics(run, row):
+    """Add a row to the run's metrics.jsonl, and to TensorBoard's file if cfg says so."""
+    append_log(run.path / "metrics.jsonl", row)
+    if run.cfg.tensorboard and RANK == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.writer = run.writer or SummaryWriter(run.path)
+        for name, value in row.items():
+            for part, number in value.items() if isinstance(value, dict) else [("", value)]:
+                if number is not None:
+                    run.writer.add_scalar(f"{name}/{part}".strip("/"), number, row["step"])
+        run.writer.flush()
+
+
 def scores_of(log):
     """{step: {k: Pass@k}} of a run's evaluations; k is a str."""
     return {row["step"]: row["pass_at_k"] for row in read_log(log) if "pass_at_k" in row}
@@ -1588,7 +1858,7 @@ def log_step(run, responses, metrics):
 
     All ranks take part.
     """
-    append_log(run.path / "metrics.jsonl", metrics)
+    log_metrics(run, metrics)
     samples = {}
     for r in responses:
         samples[r.correct] = {
@@ -1600,39 +1870,55 @@ def log_step(run, responses, metrics):
             "confidence": r.confidence.item(),
         }
     append_log(run.path / "samples.jsonl", *samples.values())
-    for name, found, text in (
-        (
+    if RANK == 0:
+        for name, text in warnings_of(run, metrics, responses[-1]):
+            if name not in run.warned:
+                run.warned.add(name)
+                say(f"warning, step {run.step}: {text}")
+
+
+def warnings_of(run, m, last):
+    """Yield (name, text) of what keeps a run from learning. m: metrics of a step (dict)."""
+    if run.step in collapsed_steps(run):
+        yield (
+            "collapsed",
+            (
+                f"the policy has collapsed: {m['correct']:.1%} correct, entropy {m['entropy']:.3f}. "
+                "Its last checkpoint before is kept: start anew from it, or with a lower --lr"
+            ),
+        )
+    elif m["truncated"] > 0.5:
+        yield (
             "cut",
-            metrics["truncated"] > 0.5,
-            "most responses are cut at --max-new-tokens, often before their answer: raise it",
-        ),
-        (
+            ("most responses are cut at --max-new-tokens, often before their answer: raise it"),
+        )
+    if m["boxed"] == 0 and not run.cfg.verifier:
+        place = run.cfg.answer_pattern or r"\boxed{}"
+        yield (
             "box",
-            metrics["boxed"] == 0,
-            "no response has a \\boxed{} answer, so all count as incorrect: does the model know "
-            "this form of prompt, and is --max-new-tokens enough?",
-        ),
-        (
+            f"no response has an answer in {place}, so all count as incorrect: does the model "
+            "know this form of prompt, and is --max-new-tokens enough?",
+        )
+    elif m["correct"] == 0:
+        yield (
             "wrong",
-            metrics["correct"] == 0 < metrics["boxed"],
-            f"all responses are incorrect; one ends {r.text[-80:]!r} where the answer is "
-            f"{r.problem.answer!r}",
-        ),
-        (
+            (
+                f"all responses are incorrect; one ends {last.text[-80:]!r} where the answer is "
+                f"{last.problem.answer!r}"
+            ),
+        )
+    if m["updates"] == 0:
+        yield (
             "idle",
-            metrics["updates"] == 0,
-            f"{run.cfg.method} has nothing to learn from a batch with {metrics['correct']:.0%} "
-            "correct responses: every advantage is 0, and there was no update",
-        ),
-        (
-            "gap",
-            metrics["rollout_gap"] > 0.1,
-            f"log-probs of rollout and training pass differ by {metrics['rollout_gap']:.2f}",
-        ),
-    ):
-        if found and name not in run.warned:
-            run.warned.add(name)
-            say(f"warning, step {run.step}: {text}")
+            (
+                f"{run.cfg.method} has nothing to learn from a batch with {m['correct']:.0%} "
+                "correct responses: every advantage is 0, and there was no update"
+            ),
+        )
+    elif m["grad_norm"] == 0:
+        yield "still", "the gradient is exactly 0, and no weight has moved"
+    if m["rollout_gap"] > 0.1:
+        yield "gap", f"log-probs of rollout and training pass differ by {m['rollout_gap']:.2f}"
 
 
 def print_step(m, left, header):
@@ -1707,13 +1993,14 @@ def flag_parser(description):
     return parser
 
 
-def parse_flags(argv):
-    """The flags that were given, {field of Config: value}. Raises UserError."""
-    parser = flag_parser(__doc__)
+def add_flags(parser, names):
+    """Add these fields of Config to a parser; those that are not given stay away from its result."""
     comments = dict(
         re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE)
     )
     for knob in fields(Config):
+        if knob.name not in names:
+            continue
         text = comments[knob.name].replace("%", "%%")
         if knob.default not in ("", None, False):
             text += f" [{knob.default}]"
@@ -1722,6 +2009,12 @@ def parse_flags(argv):
         if knob.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
+
+
+def parse_flags(argv):
+    """The flags that were given, {field of Config: value}. Raises UserError."""
+    parser = flag_parser(__doc__)
+    add_flags(parser, [knob.name for knob in fields(Config)])
     return vars(parser.parse_args(argv))
 
 
@@ -1772,17 +2065,16 @@ def settings(given):
         cfg = resolve(given)
         check_name(cfg.name)
         return cfg, {}
-    path = given["resume"]
-    try:
-        stored = json.loads(Path(path, "config.json").read_text())
-        cfg = Config(**{knob.name: stored[knob.name] for knob in fields(Config)})
-        stored["problems_sha1"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"--resume {path}: no run to go on with ({first_line(e)})")
+    path = run_directory(given["resume"])
+    cfg, stored = config_of(path)
+    if not cfg:
+        raise UserError(f"--resume {path}: no run to go on with: no sound config.json of one there")
+    given["resume"] = str(path)
     for name, value in given.items():
-        if name not in RESUMABLE.split() and value != stored[name]:
+        if name not in RESUMABLE.split() and value != getattr(cfg, name):
             raise UserError(
-                f"--resume {path}: that run has --{name.replace('_', '-')} {stored[name]!r}; leave "
+                f"--resume {path}: that run has --{name.replace('_', '-')} "
+                f"{getattr(cfg, name)!r}; leave "
                 "the flag out, or start a new run"
             )
         setattr(cfg, name, value)
@@ -1828,7 +2120,7 @@ def dry_run(cfg):
     cfg.steps, rng = 2, random.Random(0)
     run = build_run(cfg, cfg.model)
     for _ in range(cfg.prompts):
-        problem = Problem("", "", "", lambda response, answer: rng.random() < 0.5)
+        problem = Problem("", "", "", lambda *_: rng.random() < 0.5)
         problem.prompt_ids = rng.choices(range(1, 19), k=min(150, cfg.max_prompt_tokens))
         run.problems.append(problem)
     say(
@@ -1864,12 +2156,14 @@ def open_run(cfg, stored):
     path = Path(cfg.resume)
     Path("out").mkdir(exist_ok=True)  # where that fails, before any work is done
     held = lock(path / "run.lock") if stored and RANK == 0 else None
+    check_model(cfg.model)
     problems, held_out = load_problems(cfg)
     if len(problems) < cfg.prompts or not held_out:
         raise UserError(
             f"{cfg.data} has {len(problems)} problems to train on and {len(held_out)} to hold out: "
             f"too few for --prompts {cfg.prompts}; or --eval-data has all"
         )
+    say_unread(problems + held_out)
     texts = [(p.question, p.answer) for p in problems + held_out]
     sha1 = hashlib.sha1(repr(texts).encode()).hexdigest()
     if stored and stored["problems_sha1"] != sha1:
@@ -1931,6 +2225,20 @@ def command(body):
     return 2
 
 
+def describe(run):
+    """Say what a run is about to do, and what the model will read first."""
+    cfg = run.cfg
+    size = sum(p.numel() for p in run.model.parameters())
+    say(
+        f"{cfg.method}, preset {cfg.preset}: {cfg.steps} steps of {cfg.prompts} x "
+        f"{cfg.group_size} responses: {cfg.model} ({size:,} parameters, {run.model.device}) on "
+        f"{cfg.data} ({len(run.problems):,} problems), into {run.path}"
+    )
+    form = "in the model's chat template" if run.tokenizer.chat_template else "as plain text"
+    prompt = run.tokenizer.decode(run.problems[0].prompt_ids)
+    say(f"prompts are put {form}; the first, with special tokens: {prompt!r}")
+
+
 def main():
     """`python nsr.py`: 0 when trained, 130 where it is stopped: the run is then saved."""
     given = parse_flags(sys.argv[1:])
@@ -1944,12 +2252,7 @@ def main():
         dry_run(cfg)
         return 0
     run = open_run(cfg, stored)
-    size = sum(p.numel() for p in run.model.parameters())
-    say(
-        f"{cfg.method}, preset {cfg.preset}: {cfg.steps} steps of {cfg.prompts} x "
-        f"{cfg.group_size} responses: {cfg.model} ({size:,} parameters, {run.model.device}) on "
-        f"{cfg.data} ({len(run.problems):,} problems), into {run.path}"
-    )
+    describe(run)
     for s in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(s) != signal.SIG_IGN:  # as under nohup
             signal.signal(s, hear)
@@ -1962,6 +2265,10 @@ def main():
             "goes on from there"
         )
         return 130
+    except BaseException:
+        if run.step == 0 and "resume" not in given:  # the same command may be given again
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
     if WORLD_SIZE > 1:  # else a rank that ends while another still listens is aborted
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -1997,13 +2304,26 @@ _BOX = re.compile(
 )
 
 
-def extract_answer(response):
+def extract_answer(response, pattern=""):
     r"""What the last closed \boxed{...} or \fbox{...} of a response (str) holds, or None.
+
+    pattern: a regex instead, whose last match's first group it is. Raises UserError where that
+    takes more than a second.
 
     >>> extract_answer(r"so \boxed{1}, no: \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
+    >>> extract_answer("Answer: 1. No. Answer: 2.", r"Answer: (\d+)")
+    '2'
     """
     text = response if isinstance(response, str) else ""
+    if pattern:
+        answer = None
+        try:
+            for m in re.finditer(pattern, text, timeout=1):
+                answer = m[1]
+        except TimeoutError:
+            raise UserError(f"--answer-pattern {pattern}: takes too long on {text!r}")
+        return answer
     last = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0)
     answer, opened = None, []
     for m in _BOX.finditer(text, max(0, last - MAX_SCAN), last + MAX_SCAN):
@@ -2762,15 +3082,16 @@ def _same(a, b):
 _CHOICE = re.compile(r"(?:\\(?:text|math)\w*\s*\{|[\s${(])*([A-J])[\s}]*(?:[.):]|[\s$}]*$)")
 
 
-def verify(response, gold):
+def verify(response, gold, pattern=""):
     r"""Whether the last box of a response equals the gold answer, mathematically: bool.
 
     response: str. gold: str as LaTeX or plain, or a number. Whatever they are, nothing is raised.
+    pattern: as in extract_answer().
 
     >>> verify(r"thus \boxed{x = \frac{\sqrt8}{2}}", r"\sqrt{2}"), verify(r"\boxed{204_6}", "204_5")
     (True, False)
     """
-    answer = extract_answer(response)
+    answer = extract_answer(response, pattern)
     if isinstance(gold, (int, float)):
         gold = str(gold) if abs(gold) < 10**MAX_CHARS else ""
     if answer is None or not isinstance(gold, str):
@@ -2794,10 +3115,10 @@ def verify(response, gold):
 
 
 # signs stand between two operands: not +3, 3**4 or (3)(4)
-_SUM = re.compile(r"[(\s]*\d+[)\s]*(?:(?:[-+*]|\\times|\\cdot)[(\s]*\d+[)\s]*)*")
+_SUM = re.compile(r"[(\s]*\d+[)\s]*(?:(?:[-+*/]|\\times|\\cdot|\\div)[(\s]*\d+[)\s]*)*")
 
 
-def verify_countdown(response, gold):
+def verify_countdown(response, gold, pattern=""):
     """True if the last box of `response` solves `gold`: each number once, and the target's value.
 
     >>> verify_countdown("\\\\boxed{(2+1)*(9-1)}", "1 1 2 9 = 24")
@@ -2806,7 +3127,7 @@ def verify_countdown(response, gold):
     False
     """
     numbers, target = gold.split(" = ")
-    text = extract_answer(response) or ""
+    text = extract_answer(response, pattern) or ""
     if sorted(re.findall(r"\d+", text)) != sorted(numbers.split()) or not _SUM.fullmatch(text):
         return False
     try:

@@ -31,6 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # these models are too small for 
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of transformers
@@ -47,7 +48,7 @@ import nsr
 K.INTERPRET = False  # only the kernels' own tests ask for it: it is slow
 ROOT = Path(__file__).parent
 FEW = 40
-COUNTDOWN_PROBLEMS = nsr.countdown_problems
+FEW_PROBLEMS = nsr.countdown_problems()[:FEW]
 TIMES = {"time", "memory_gb"}  # of a metrics row: they measure the machine, not the run
 
 
@@ -126,7 +127,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 def cli(monkeypatch, tmp_path, capsys):
     """cli(*flags) runs nsr.py's command in this process, in an empty folder: (status, out, err)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(nsr, "countdown_problems", lambda: COUNTDOWN_PROBLEMS(FEW))
+    monkeypatch.setattr(nsr, "countdown_problems", lambda task: copy.deepcopy(FEW_PROBLEMS))
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["nsr.py", *map(str, flags)])
@@ -275,7 +276,17 @@ def test_help_tells_every_flag_with_its_default(cli, capsys):
         ({"prompt": "p", "Answer": 27.0}, "p", "27"),
         ({"content": "p", "answer": 0}, "p", "0"),
         ({"problem": "p", "answer": 0.5}, "p", "0.5"),
-        ({"prompt": [{"content": "p"}], "reward_model": {"ground_truth": "3"}}, "p", "3"),
+        ({"input": "p", "output": "so\n#### 3"}, "p", "3"),
+        ({"question": "p", "ground_truth": 3}, "p", "3"),
+        ({"question": "p", "label": "3"}, "p", "3"),
+        ({"question": "p", "target": 3.0}, "p", "3"),
+        ({"question": "p", "answer": '["9"]'}, "p", "9"),
+        ({"question": "p", "answer": ["9"]}, "p", "9"),
+        ({"question": "p", "answer": "[9, 10)"}, "p", "[9, 10)"),
+        ({"question": "p", "answer": "true"}, "p", "true"),
+        ({"problem": "p"}, "p", ""),
+        ({"problem": "p", "solution": "none"}, "p", ""),
+        ({"problem": "p", "answer": " "}, "p", ""),
         (
             {"problem": "p", "solution": "so \\boxed{1} or \\boxed{\\frac{1}{2}}."},
             "p",
@@ -298,16 +309,125 @@ def test_problem_layouts(row, question, answer):
     [
         {},
         {"problem": ""},
-        {"problem": "p"},
         {"answer": "1"},
         {"problem": 3, "answer": "1"},
-        {"problem": "p", "solution": "none"},
-        {"problem": "p", "answer": " "},
+        {"problem": "p", "answer": math.nan},
+        {"problem": "p", "answer": math.inf},
+        {"problem": "p", "answer": True},
+        {"problem": "p", "answer": {"value": 3}},
+        {"problem": "p", "answer": [{"value": 3}]},
+        {"problem": "p", "answer": ["1", False]},
+        {"prompt": [{"role": "user", "content": None}], "answer": "1"},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"},
+        {"prompt": ["p"], "answer": "1"},
     ],
 )
-def test_incomplete_problems_are_refused(row):
+def test_rows_that_cannot_be_right_are_refused(row):
     with pytest.raises(ValueError):
         nsr.parse_problem(row)
+
+
+def test_a_row_of_tinyzero_is_a_countdown():
+    row = {"prompt": [{"role": "user", "content": "make 98 of 44, 19 and 35"}]}
+    for gold in (
+        {"target": 98, "numbers": [44, 19, 35]},
+        '{"target": 98, "numbers": [44, 19, 35]}',
+    ):
+        problem = nsr.parse_problem(row | {"reward_model": {"ground_truth": gold}})
+        assert problem.verify("\\boxed{44 + 19 + 35}", problem.answer)
+        assert not problem.verify("\\boxed{98}", problem.answer)
+        assert not problem.verify("\\boxed{44 + 19 + 36}", problem.answer)
+
+
+def test_a_chat_is_kept_whole():
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "1 + "}, {"text": "1?"}]},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "and 1 more?"},
+    ]
+    for key in ("prompt", "messages"):
+        problem = nsr.parse_problem({key: turns, "answer": "3"})
+        assert [m["content"] for m in problem.messages] == [
+            "be brief",
+            "1 + 1?",
+            "2",
+            "and 1 more?",
+        ]
+        assert json.loads(problem.question) == problem.messages and problem.instruction == ""
+
+
+def test_keys_may_be_named_and_nested():
+    row = {"q": "p", "extra_info": {"answer": 7}, "problem": "other", "answer": "8"}
+    problem = nsr.parse_problem(row, "q", "extra_info.answer")
+    assert (problem.question, problem.answer) == ("p", "7")
+    with pytest.raises(ValueError, match="no question in Q; the row has q, extra_info"):
+        nsr.parse_problem(row, "Q")  # never one of the usual keys instead
+    assert nsr.parse_problem(row, "q", "extra_info.gold").answer == ""
+
+
+def test_files_of_other_formats(tmp_path, monkeypatch):
+    rows = [{"question": 'a,\n"b"', "answer": "1"}, {"question": "c", "answer": "2"}]
+    (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    for name in ("array.json", "lines.json", "a.csv"):
+        problems = nsr.read_problems(str(tmp_path / name))
+        assert [(p.question, p.answer) for p in problems] == [
+            (r["question"], r["answer"]) for r in rows
+        ]
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(nsr.UserError, match="pip install pyarrow"):
+        nsr.read_problems(str(tmp_path / "a.parquet"))
+
+
+def test_parquet_as_verl_writes_it(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [
+        {
+            "data_source": "math",
+            "prompt": [{"role": "user", "content": f"1 + {i}?"}],
+            "reward_model": {"style": "rule", "ground_truth": str(1 + i)},
+        }
+        for i in range(3)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    problems = nsr.read_problems(str(tmp_path / "a.parquet"))
+    assert [p.messages[0]["content"] for p in problems] == ["1 + 0?", "1 + 1?", "1 + 2?"]
+    assert [p.answer for p in problems] == ["1", "2", "3"]
+
+
+def test_rows_that_are_left_out_are_counted(tmp_path, capsys):
+    chat = [{"role": "user", "content": "same"}]
+    rows = [
+        {"question": "a", "answer": "1"},
+        {"question": "b", "answer": ""},
+        {"question": "c", "answer": None},
+        {"question": "a", "answer": "1"},
+        {"question": "a", "answer": "2"},
+        {"question": [{"role": "system", "content": "x"}] + chat, "answer": "3"},
+        {"question": chat, "answer": "3"},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems = nsr.read_problems(str(tmp_path / "a.jsonl"))
+    assert [p.answer for p in problems] == ["1", "3", "3"]
+    out = capsys.readouterr().out
+    assert "left out 2 rows without an answer" in out
+    assert "2 that repeat a question, 1 of them with another answer" in out
+
+
+def test_gold_answers_that_the_verifier_cannot_read_are_counted(capsys):
+    golds = ["1", "\\frac{1}{2}", "the boundary of ))", "x" * 600]
+    nsr.say_unread([nsr.parse_problem({"question": gold, "answer": gold}) for gold in golds])
+    assert "2 of 4 gold answers are beyond the verifier, such as 'the b" in capsys.readouterr().out
+    nsr.say_unread([nsr.parse_problem({"question": "q", "answer": "1"})])
+    assert capsys.readouterr().out == ""
 
 
 def test_downloads_are_checked_and_written_whole(monkeypatch, tmp_path):
@@ -345,7 +465,7 @@ def test_warm_up_never_sees_held_out_problems(monkeypatch, tokenizer):
         return stats(model, responses, temperature)
 
     monkeypatch.setattr(nsr, "token_stats", watched)
-    nsr.warm_up(tiny_model(tokenizer), tokenizer, steps=20)
+    nsr.warm_up(tiny_model(tokenizer), tokenizer, "countdown", steps=20)
     held_out = nsr.load_problems(nsr.Config())[1]
     assert len(seen) > 500
     assert not seen & {tuple(tokenizer(p.question)["input_ids"]) for p in held_out}
@@ -808,71 +928,109 @@ def test_tokenizer_round_trip_and_reload(tokenizer, tmp_path):
     assert again("1 1 2 9 = 24")["input_ids"] == tokenizer("1129=24")["input_ids"]
 
 
-class Words:
-    """A tokenizer that shows the text it is given: one id a character."""
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+R1 = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
 
-    chat_template = None
 
-    def __init__(self, *words):
-        self.words = words
+def words(template):
+    """A tokenizer of one id a character, with a chat template."""
+    vocab = {chr(i): i for i in range(128)}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    core.decoder = tokenizers.decoders.Fuse()
+    core.post_processor = tokenizers.processors.TemplateProcessing("\x01 $A", None, [("\x01", 1)])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="\x01")
+    made.chat_template = template
+    return made
 
-    def get_vocab(self):
-        return dict.fromkeys(self.words)
 
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
+def prompt_of(template, problem, **settings):
+    (kept,) = nsr.encode_prompts([problem], Qwen, words(template), nsr.Config(**settings))
+    return "".join(map(chr, kept.prompt_ids))
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        return f"<{messages[0]['role']}>{messages[0]['content']}<assistant>"
+
+ASKED = "1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
+CHAT = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "A"},
+    {"role": "assistant", "content": "B"},
+    {"role": "user", "content": "C"},
+]
 
 
 def test_prompts_take_the_form_that_the_model_knows():
     problem = nsr.parse_problem({"problem": "1 + 1?", "answer": "2"})
-
-    def prompt(tokenizer):
-        (kept,) = nsr.encode_prompts([problem], Qwen, tokenizer, nsr.Config())
-        return "".join(map(chr, kept.prompt_ids))
-
-    user = "1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
-    assert prompt(Words("<|im_start|>")) == (
+    papers = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        + user
-        + "<|im_end|>\n<|im_start|>assistant\n"
+        f"{ASKED}<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert prompt(Words()) == "\x01" + user  # no template: the text alone, with its bos
-    chat = Words()
-    chat.chat_template = "some"
-    assert prompt(chat) == f"<user>{user}<assistant>"  # a template writes its own bos
+    for name in ("Qwen/Qwen2.5-Math-1.5B", "models/Qwen2.5-Math-7B/"):
+        system = nsr.papers_system(name)
+        assert prompt_of(CHATML, problem, system=system) == papers
+    for name in ("Qwen/Qwen2.5-Math-1.5B-Instruct", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen3-4B", "my/r1"):
+        assert nsr.papers_system(name) is None
+    # a template of one's own, with its own bos, and whatever the model's type
+    assert prompt_of(R1, problem) == f"\x01<|user|>{ASKED}<|assistant|><think>\n"
+    assert prompt_of(None, problem) == "\x01" + ASKED  # no template: the text alone, with its bos
+    assert prompt_of(R1, problem, instruction="") == "\x01<|user|>1 + 1?<|assistant|><think>\n"
+    assert "<|user|>1 + 1?\nBriefly.<" in prompt_of(R1, problem, instruction="Briefly.")
+    assert prompt_of(R1, problem, system="Y").startswith("\x01<|system|>Y<|user|>1 + 1?")
+
+
+def test_a_chat_goes_through_the_template_as_it_is():
+    def prompt(messages, template=R1, **settings):
+        problem = nsr.parse_problem({"prompt": messages, "answer": "2"})
+        return prompt_of(template, problem, **settings)
+
+    asked = "\x01<|system|>S<|user|>A<|assistant|>B<|user|>C"
+    assert prompt(CHAT) == prompt(CHAT, system="Y") == f"{asked}<|assistant|><think>\n"
+    assert prompt(CHAT, instruction="I") == f"{asked}\nI<|assistant|><think>\n"
+    begun = CHAT + [{"role": "assistant", "content": "So"}]
+    assert prompt(begun) == f"{asked}<|assistant|>So"  # the response goes on from there
+    assert prompt(begun, CHATML).endswith("<|im_start|>assistant\nSo")
+    with pytest.raises(nsr.UserError, match="has\\s+none"):
+        prompt(CHAT, None)
+    with pytest.raises(nsr.UserError, match="does not take the prompt"):
+        prompt(CHAT, "{{ raise_exception('no system message, please') }}")
 
 
 class Qwen:
     config = transformers.Qwen2Config(max_position_embeddings=2000)
+    get_input_embeddings = staticmethod(lambda: torch.nn.Embedding(128, 1))
     generation_config = type("Config", (), {"eos_token_id": [7, 3]})
 
 
 def test_long_prompts_are_left_out_and_counted(capsys):
     problems = [nsr.parse_problem({"problem": "x" * n, "answer": "2"}) for n in (10, 500, 20)]
     cfg = nsr.Config(max_prompt_tokens=200)
-    kept = nsr.encode_prompts(problems, Qwen, Words(), cfg)
+    kept = nsr.encode_prompts(problems, Qwen, words(None), cfg)
     assert kept == [problems[0], problems[2]] and all(p.prompt_ids for p in kept)
     assert "left out: 1 of 3 problems" in capsys.readouterr().out
     with pytest.raises(nsr.UserError, match="context of 2000"):
-        nsr.encode_prompts(problems, Qwen, Words(), nsr.Config(max_new_tokens=1950))
+        nsr.encode_prompts(problems, Qwen, words(None), nsr.Config(max_new_tokens=1950))
 
 
 def test_every_stop_token_is_known(tokenizer):
     assert nsr.stop_tokens(Qwen, tokenizer) == [0, 3, 7]
-    words = Words("<|im_start|>", "<|im_end|>")
-    words.eos_token_id, words.get_vocab = 7, lambda: {"<|im_start|>": 1, "<|im_end|>": 9}
-    assert nsr.stop_tokens(Qwen, words) == [3, 7, 9]
+    chat = words(CHATML)
+    chat.eos_token = "\x07"
+    chat.add_tokens(["<|im_end|>"], special_tokens=True)
+    assert nsr.stop_tokens(Qwen, chat) == [3, 7, 128]
+    chat.chat_template = R1
+    assert nsr.stop_tokens(Qwen, chat) == [3, 7]
 
 
 def test_embedded_bases_by_name(base, monkeypatch):
     asked = []
-    monkeypatch.setattr(nsr, "countdown_base", lambda steps: asked.append(steps) or base)
-    for name in nsr.BASES:
+    monkeypatch.setattr(nsr, "countdown_base", lambda task: asked.append(task) or base)
+    for name in nsr.TASKS:
         nsr.load_model(name, "cpu")
-    assert asked == [2500, 12000]
+    assert asked == ["countdown", "countdown-hard"]
     model = transformers.AutoModelForCausalLM.from_config(nsr.countdown_config())
     assert model.num_parameters() == 108_416
 
@@ -1492,7 +1650,7 @@ def test_ppo_puts_the_kl_in_the_reward_and_the_verdict_at_the_end(tokenizer):
     model, critic = tiny_model(tokenizer), tiny_model(tokenizer, seed=1)
     critic.lm_head = torch.nn.Linear(32, 1)
     run = a_run(model, tokenizer, method="ppo", kl_coef=0.1, prompts=4, group_size=3)
-    run.problems = nsr.encode_prompts(COUNTDOWN_PROBLEMS(4), model, tokenizer, run.cfg)
+    run.problems = nsr.encode_prompts(copy.deepcopy(FEW_PROBLEMS[:4]), model, tokenizer, run.cfg)
     run.reference, run.critic = tiny_model(tokenizer, seed=2), critic
     responses, metrics = nsr.collect(run)
     for r in responses:
@@ -1843,20 +2001,21 @@ def test_eval_stopped_by_ctrl_c_prints_what_is_complete(evaluation, base, monkey
         ([], "give models"),
         (["x", "-n", "0"], "-n"),
         (["x", "-n", "4", "-k", "8"], "-k 8"),
-        (["x", "--device", "quantum", "--data", "countdown"], "--device"),
+        (["POLICY", "--device", "quantum", "--data", "countdown"], "--device"),
         (["no/such-model", "--data", "countdown"], "no/such-model"),
         (["./none"], "no model directory"),
-        (["x", "--data", "missing.jsonl"], "missing.jsonl"),
+        (["POLICY", "--data", "missing.jsonl"], "missing.jsonl"),
         (["x", "--problems", "0"], "--problems"),
         (["--rescore", "missing.jsonl"], "missing.jsonl"),
         (["--rescore", "bad.jsonl"], "bad.jsonl"),
         (["--rescore", "empty.jsonl"], "empty.jsonl"),
         (["--rescore", "mixed.jsonl"], "mixed models"),
         (["--rescore", "good.jsonl", "-k", "2"], "Pass@2"),
-        (["x", "--data", "empty.jsonl"], "empty"),
+        (["POLICY", "--data", "empty.jsonl"], "empty"),
+        (["POLICY", "--top-p", "1.5"], "--top-p 1.5"),
     ],
 )
-def test_eval_refuses_bad_input_in_one_line(evaluation, tmp_path, flags, said):
+def test_eval_refuses_bad_input_in_one_line(evaluation, base, tmp_path, flags, said):
     row = dict(question_id=0, generation_id=0, response="", gold_answer="1", label=0, model="a")
     for name, rows in (
         ("bad", [{"response": 1}]),
@@ -1865,6 +2024,7 @@ def test_eval_refuses_bad_input_in_one_line(evaluation, tmp_path, flags, said):
         ("mixed", [row, row | {"generation_id": 1, "model": "b"}]),
     ):
         nsr.write_log(tmp_path / f"{name}.jsonl", rows)
+    flags = [base if flag == "POLICY" else flag for flag in flags]
     status, _, err = evaluation(*flags)
     assert status == 2 and said in err and len(err.splitlines()) == 1
 
@@ -1879,6 +2039,47 @@ def test_eval_refuses_to_mix_models_or_settings_in_a_file(evaluation, base, toke
     tiny_model(tokenizer, seed=1, hidden=64).save_pretrained(policy)  # it was trained on
     status, _, err = evaluation(*flags)
     assert status == 2 and "weights" in err and len(err.splitlines()) == 1
+
+
+def test_eval_of_a_run_takes_what_it_held_out(cli, evaluation, base, monkeypatch):
+    monkeypatch.setattr(nsr.urllib.request, "urlopen", None)  # nothing is downloaded
+    flags = dict(data=own_data("data.jsonl"), steps=1, temperature=0.7, prompts=36)
+    assert cli(*short(base, **flags, name="run"))[0] == 0
+    status, out, _ = evaluation("out/run", "-n", 2)
+    assert status == 0 and "4 problems, n 2, temperature 0.7, top_p 1.0, max_new_tokens 20" in out
+    _, held_out = nsr.load_problems(nsr.Config(data="data.jsonl"))
+    rows = nsr.read_log(Path("out/eval/out-run--data.jsonl.jsonl"))
+    assert {row["question_id"] for row in rows} == {p.question for p in held_out}
+    for name in ("data.jsonl", "./data.jsonl", Path("data.jsonl").resolve()):
+        status, out, _ = evaluation(base, "out/run", "-n", 2, "--data", name)
+        assert status == 0 and "was trained on: these are the problems that the run held" in out
+        assert ", 4 problems" in out
+    flags |= dict(eval_data=own_data("other.jsonl", 50, first=40), answer_pattern="=(.*)")
+    assert cli(*short(base, **flags, name="two"))[0] == 0
+    for more in ((), ("--data", "data.jsonl")):
+        status, out, _ = evaluation("out/two", "-n", 2, *more)
+        assert status == 0 and "50 problems, n 2, temperature 0.7" in out
+    assert nsr.read_log(Path("out/eval/out-two--other.jsonl.jsonl"))[0]["answer_pattern"] == "=(.*)"
+
+
+def test_eval_asks_as_the_run_was_asked_or_as_its_flags_say(cli, evaluation, base):
+    policy = Path(shutil.copytree(base, "policy"))
+    (policy / "chat_template.jinja").unlink()  # it shows the model no instruction
+    flags = dict(data=own_data("data.jsonl"), steps=1, instruction="12", name="run")
+    assert cli(*short(policy, **flags))[0] == 0
+    flags = "out/run", "-n", 1, "--problems", 2
+    assert evaluation(*flags)[0] == evaluation(*flags, "--instruction", "12")[0] == 0
+    status, _, err = evaluation(*flags, "--instruction", "34")
+    assert status == 2 and "prompt_sha1" in err and len(err.splitlines()) == 1
+    status, _, err = evaluation(*flags, "--max-prompt-tokens", 1)
+    assert status == 2 and "--max-prompt-tokens 1" in err
+
+
+def test_eval_of_fewer_problems_shows_fewer(evaluation, base):
+    flags = base, "--data", "countdown", "-n", 1, "--problems"
+    for count in (8, 3):
+        status, out, _ = evaluation(*flags, count)
+        assert status == 0 and f"countdown, {count} problems" in out
 
 
 def test_eval_compares_and_groups_by_hand(evaluation):
@@ -2119,7 +2320,219 @@ def test_silent_failures_are_said_once(cli, base, tmp_path):
     _, out, _ = cli(*short(base, data="data.jsonl", method="psr", steps=3))
     assert out.count("all responses are incorrect") == 1 and out.count("nothing to learn") == 1
     _, out, _ = cli(*short(base, max_new_tokens=1, steps=3))
-    assert out.count("no response has a \\boxed{}") == 1 and out.count("are cut at") == 1
+    assert out.count("has an answer in \\boxed{}") == 1 and out.count("are cut at") == 1
+
+
+def own_data(path, count=40, first=0):
+    """A file of problems with questions that the small policies can read."""
+    rows = [{"problem": f"{i} 2 3 4 = 9", "answer": str(i)} for i in range(first, first + count)]
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_run_says_its_form_of_prompt_and_shows_the_first(cli, base, tokenizer):
+    _, out, _ = cli(*short(base, steps=1, name="chat"))
+    first = nsr.load_problems(nsr.Config())[0][0]
+    shown = tokenizer.decode(tokenizer(first.question)["input_ids"])
+    assert out.count("in the model's chat template") == 1 and f"tokens: {shown!r}" in out
+    plain = Path(shutil.copytree(base, "plain"))
+    (plain / "chat_template.jinja").unlink()
+    _, out, _ = cli(*short(plain, steps=1, instruction=""))
+    assert out.count("as plain text") == 1
+
+
+def test_an_answer_pattern_takes_the_place_of_the_box(cli, base):
+    text = "Answer: 7. No.\nAnswer: \\frac{1}{2}"
+    pattern = r"(?i)answer:\s*([^\n]+)"
+    assert nsr.extract_answer(text, pattern) == "\\frac{1}{2}"
+    assert nsr.verify(text, "0.5", pattern) and not nsr.verify(text, "0.5")
+    assert not nsr.verify(text, "7", pattern) and not nsr.verify("\\boxed{7}", "7", pattern)
+    assert nsr.verify_countdown("so 1+2", "1 2 = 3", r"so (.*)")
+    with pytest.raises(nsr.UserError, match="takes too long"):
+        nsr.extract_answer("a" * 3000 + "!", r"(\w*)(\w*)(\w*)(\w*)(\w*)$")
+    assert cli(*short(base, answer_pattern="=(.*)", steps=1, name="run"))[0] == 0
+    assert nsr.read_log(Path("out/run/metrics.jsonl"))[1]["boxed"] == 0
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("return response.startswith('\\\\boxed{(')", ""),
+        ("return 1 / 0", "raised ZeroDivisionError: division by zero, for the response '"),
+        ("return None", "returned None, neither True nor False"),
+        ("return 0.5", "returned 0.5"),
+    ],
+)
+def test_a_verifier_of_ones_own(cli, base, body, said):
+    Path("mine.py").write_text(f"import math\n\ndef right(response, answer):\n    {body}\n")
+    flags = short(base, verifier="mine.py:right", data=own_data("data.jsonl"), steps=2, name="run")
+    status, _, err = cli(*flags)
+    if said:
+        assert status == 2 and said in err and len(err.splitlines()) == 1
+        assert not Path("out/run").exists()
+    else:
+        assert status == 0
+        samples = nsr.read_log(Path("out/run/samples.jsonl"))
+        assert {row["correct"] for row in samples} == {True, False}
+        for row in samples:
+            assert row["correct"] == row["response"].startswith("\\boxed{(")
+
+
+def test_a_model_of_which_nothing_learns_is_refused(tokenizer, base, monkeypatch):
+    kind = transformers.AutoModelForCausalLM
+    load = kind.from_pretrained
+    monkeypatch.setattr(
+        kind, "from_pretrained", lambda *a, **k: load(*a, **k).requires_grad_(False)
+    )
+    with pytest.raises(nsr.UserError, match="no weights to train"):
+        nsr.load_model(base, "cpu")
+
+
+def test_a_gradient_of_zero_is_said(cli, base, monkeypatch):
+    loss = nsr.policy_loss
+    monkeypatch.setattr(nsr, "policy_loss", lambda *a: 0.0 * loss(*a))
+    _, out, _ = cli(*short(base, method="nsr", steps=2))
+    assert out.count("the gradient is exactly 0") == 1
+
+
+class Rates(torch.optim.SGD):
+    """It notes the learning rate of each step."""
+
+    seen = []
+
+    def step(self):
+        self.seen.append(self.param_groups[0]["lr"])
+        super().step()
+
+
+def test_the_learning_rate_rises_over_the_warm_up(cli, base):
+    flags = dict(lr=0.1, lr_warmup=4, steps=5, updates=2, optimizer=f"{__name__}.Rates")
+    flags |= dict(method="reinforce", name="run")
+    assert cli(*short(base, **flags | {"steps": 3}))[0] == 0
+    assert cli("--resume=out/run", "--steps=5")[0] == 0
+    close(Rates.seen, [0.025, 0.025, 0.05, 0.05, 0.075, 0.075] + [0.1] * 4)
+
+
+def test_some_checkpoints_are_kept_and_a_run_is_known_by_each(cli, base):
+    assert cli(*short(base, steps=8, keep=3, name="run"))[0] == 0
+    assert [p.name for p in nsr.checkpoints(Path("out/run"))] == [
+        "step-00004",
+        "step-00006",
+        "step-00008",
+    ]
+    assert cli("--resume=out/run/step-00008", "--steps=10", "--keep=1")[0] == 0
+    assert [p.name for p in nsr.checkpoints(Path("out/run"))] == ["step-00010"]
+
+
+def test_tensorboard_gets_each_metric(cli, base, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, path):
+            written.append(path)
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def flush(self):
+            pass
+
+    status, _, err = cli(*short(base), "--tensorboard")
+    if not nsr.importlib.util.find_spec("tensorboard"):
+        assert status == 2 and "pip install tensorboard" in err
+    monkeypatch.setattr(nsr.importlib.util, "find_spec", lambda name: True)
+    fake = type(sys)("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    assert cli(*short(base, steps=1, name="run"), "--tensorboard")[0] == 0
+    assert written.pop(0) == Path("out/run")
+    scalars = {(name, step): value for name, value, step in written}
+    before, step, after = nsr.read_log(Path("out/run/metrics.jsonl"))
+    assert scalars["pass_at_k/1", 0] == before["pass_at_k"]["1"]
+    assert scalars["correct", 1] == step["correct"] and scalars["time/update", 1] > 0
+    assert scalars["pass_at_k/4", 1] == after["pass_at_k"]["4"]
+
+
+def test_a_run_that_ends_before_its_first_step_leaves_nothing(cli, base, monkeypatch):
+    flags = short(base, steps=1, name="run")
+    for error in (RuntimeError("a bug"), torch.OutOfMemoryError(), OSError("no space")):
+        with monkeypatch.context() as patch, contextlib.suppress(RuntimeError):
+            patch.setattr(nsr, "collect", lambda run: (_ for _ in ()).throw(error))
+            cli(*flags)
+        assert not Path("out/run").exists()
+    model = Path(shutil.copytree(base, "model"))
+    template = model / "chat_template.jinja"
+    text = template.read_text()
+    template.write_text("{{ raise_exception('not this') }}")
+    status, _, err = cli(*short(model, steps=1, name="run"))
+    assert status == 2 and "not this" in err and not Path("out/run").exists()
+    template.write_text(text)
+    small = transformers.AutoModelForCausalLM.from_pretrained(model)
+    small.resize_token_embeddings(10)
+    small.save_pretrained(model)
+    status, _, err = cli(*short(model, steps=1, name="run"))
+    assert status == 2 and "belong together" in err and len(err.splitlines()) == 1
+    assert not Path("out/run").exists()
+    assert cli(*flags)[0] == 0
+
+
+def test_a_collapse_is_said_and_the_last_sound_checkpoint_kept(cli, base, monkeypatch):
+    weigh = nsr.weigh
+
+    def destroy(cfg, responses, lam, beta):
+        weigh(cfg, responses, lam, beta)
+        if destroy.run.step == 4:
+            torch.nn.init.zeros_(destroy.run.model.lm_head.weight)
+
+    def train(run, body=nsr.train):
+        destroy.run = run
+        body(run)
+
+    monkeypatch.setattr(nsr, "weigh", destroy)
+    monkeypatch.setattr(nsr, "train", train)
+    _, out, _ = cli(*short(base, steps=10, method="psr", name="run", max_new_tokens=40, prompts=16))
+    assert out.count("the policy has collapsed: 0.0% correct, entropy") == 1
+    assert "are cut at --max-new-tokens" not in out
+    kept = [path.name for path in nsr.checkpoints(Path("out/run"))]
+    assert kept == ["step-00004", "step-00010"]
+    run = a_run(destroy.run.model, prompts=16, group_size=4)
+    run.path = Path("out/run")
+    assert nsr.collapsed_steps(run) == {6, 7, 8, 9, 10}
+
+
+def test_a_run_hands_its_preset_and_system_message_on(cli, base):
+    assert cli(*short(base, steps=1, name="run"))[0] == 0
+    for name in ("out/run", "out/run/step-00001"):
+        assert nsr.resolve({"model": name}).preset == "countdown"
+    assert nsr.resolve({"model": "elsewhere"}).preset == "qwen-math"
+    stored = json.loads(Path("out/run/config.json").read_text())
+    Path("out/run/config.json").write_text(json.dumps(stored | {"system": "S"}))
+    assert nsr.resolve({"model": "out/run"}).system == "S"
+    assert nsr.resolve({"preset": "qwen-math"}).system == "You are a helpful assistant."
+
+
+ARCHITECTURES = [
+    ("Llama", {}),
+    ("Mistral", {"sliding_window": 6}),
+    ("Gemma3Text", {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}),
+    ("GPTNeoX", {}),
+    ("Qwen3", {"head_dim": 8}),
+    ("Falcon", {}),
+    ("Mixtral", {"num_local_experts": 2}),
+]
+
+
+@pytest.mark.parametrize("name, options", ARCHITECTURES)
+def test_other_architectures_train(name, options, cli, tokenizer):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        **SMALL | {"num_key_value_heads": 2, "eos_token_id": 0, "pad_token_id": 0} | options
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    status, out, err = cli(*short("model", steps=2, method="reinforce", name="run"))
+    assert (status, err) == (0, "") and "rollout and training pass differ" not in out
+    assert [row["step"] for row in nsr.read_log(Path("out/run/metrics.jsonl"))] == [0, 1, 2, 2]
 
 
 def test_default_names_are_fresh_and_a_taken_name_is_refused(cli, base):
@@ -2158,7 +2571,20 @@ def test_two_processes_on_one_run_are_refused(cli, base):
         (["--method=grpo", "--group-size=1"], "--group-size"),
         (["--data=missing.jsonl"], "missing.jsonl"),
         (["--data=bad.jsonl"], "bad.jsonl, line 2"),
-        (["--data=half.jsonl"], "half.jsonl, line 1: no answer"),
+        (["--data=half.jsonl"], "half.jsonl holds no problems with an answer"),
+        (["--lam=-3"], "--lam"),
+        (["--kl-coef=-1"], "--kl-coef"),
+        (["--entropy-coef=-1"], "--entropy-coef"),
+        (["--eval-every=-2"], "--eval-every"),
+        (["--beta-max=-2"], "--beta-max"),
+        (["--keep=0"], "--keep"),
+        (["--gpu-memory-utilization=1.5"], "--gpu-memory-utilization"),
+        (["--answer-pattern=("], "--answer-pattern"),
+        (["--answer-pattern=x"], "put the answer's part in ( )"),
+        (["--verifier=none.py:f"], "--verifier none.py:f"),
+        (["--verifier=verifier.py:f"], "--verifier verifier.py:f"),
+        (["--model=Qwen/Qwen2.5-Mth-1.5B", "--data=math-train"], "Qwen2.5-Mth"),
+        (["--model=adapter"], "merge it into its base model"),
         (["--data=list.jsonl"], "list.jsonl, line 1: not a JSON object"),
         (["--data=binary.jsonl"], "binary.jsonl"),
         (["--data=empty.jsonl"], "holds no problems"),
@@ -2187,6 +2613,9 @@ def test_bad_input_is_one_line_and_status_2(cli, base, tmp_path, flags, said):
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "few.jsonl").write_text(good)
+    (tmp_path / "verifier.py").write_text("g = 1")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
     known = {f.split("=")[0] for f in flags}
     others = [] if "--resume" in known else short(base)
     status, _, err = cli(*(f for f in others if f.split("=")[0] not in known), *flags)
@@ -2334,6 +2763,7 @@ def test_ranks_stop_together_and_save(base, tmp_path):
 def test_divergence_and_damaged_logs_end_in_one_line(cli, base):
     status, _, err = cli(*short(base, lr=1e30, name="run"))
     assert status == 2 and "--lr" in err and len(err.splitlines()) == 1
+    assert cli(*short(base, name="run"))[0] == 0  # nothing was left in its way
     with open("out/run/metrics.jsonl", "a") as log:
         log.write("{garbage\n")
     status, _, err = cli("--resume=out/run")
