@@ -584,9 +584,6 @@ def read_points(run, x, y):
     rows = nsr.read_log(log)
     keys = {}
     for row in rows:
-        row |= row.pop("time", {})
-        for k, score in row.pop("pass_at_k", {}).items():
-            row[f"Pass@{k}"] = score
         keys |= row
     found = [row for row in rows if np.isscalar(row.get(x)) and row.get(y) is not None]
     if not found:

@@ -40,6 +40,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import operator
 import os
@@ -66,7 +67,6 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from kernels.linear_logprob import linear_logprobs
 from kernels.logprob import token_stats_from_logits
@@ -222,7 +222,7 @@ def take_step(run):
     updating = time.time()
     metrics |= update(run, responses)
     run.step += 1
-    metrics["time"]["update"] = time.time() - updating
+    metrics["update_s"] = time.time() - updating
     metrics["memory_gb"] = peak_memory(run.model.device)
     return responses, metrics
 
@@ -242,7 +242,7 @@ def collect(run):
     lam, beta = schedules(cfg, run.step, accuracy=correct / count)
     weigh(cfg, responses, lam, beta)
     metrics = measure(run, responses) | {"lam": lam, "beta": beta}
-    metrics["time"] = {"rollout": sampled - started, "score": time.time() - sampled}
+    metrics |= {"rollout_s": sampled - started, "score_s": time.time() - sampled}
     return responses, metrics
 
 
@@ -846,7 +846,7 @@ class Task:
 
 TASKS = {
     "countdown": Task((4, 4), (1, 30), 4000, 2500),
-    "countdown-hard": Task((4, 6), (500, 5000), 20_000, 2000),
+    "countdown-hard": Task((4, 6), (1, 100), 10_000, 2000),
 }
 
 
@@ -985,7 +985,7 @@ def no_model(path, error):
     """The UserError for a model that cannot be loaded."""
     return UserError(
         f"cannot load the model {path} ({first_line(error)}); give a model directory, or a hub "
-        "name and the network that it takes"
+        "name and the network that it takes; of an adapter, the model that it is merged into"
     )
 
 
@@ -994,7 +994,7 @@ def check_model(name):
     path = model_path(name)
     if name in TASKS:
         return
-    if find_adapter_config_file(path):
+    if Path(path, "adapter_config.json").exists():
         raise UserError(
             f"{path} is an adapter (LoRA): merge it into its base model first, by peft's "
             "merge_and_unload(), and give the directory of the whole"
@@ -1599,21 +1599,20 @@ def evaluate(run):
     for group in split(responses, cfg.eval_samples):
         tallies.append(tally([r.correct for r in group], [r.answer for r in group]))
     tallies = gather(tallies)
-    row = {"step": step, "pass_at_k": {}}
+    row = {"step": step}
     for name in tallies[0]:
-        of = row["pass_at_k"] if name.startswith("Pass@") else row
-        of[name.removeprefix("Pass@")] = sum(t[name] for t in tallies) / len(tallies)
+        row[name] = sum(t[name] for t in tallies) / len(tallies)
     log_metrics(run, row)
-    say(f"step {step}: {listed(row['pass_at_k'])}")
+    say(f"step {step}: {listed(scores_of(log)[step])}")
     plot(run)
 
 
 def listed(scores):
     """
-    >>> listed({"1": 0.25, "2": 0.5})
+    >>> listed({"Pass@1": 0.25, "Pass@2": 0.5})
     'Pass@1 0.250, Pass@2 0.500'
     """
-    return ", ".join(f"Pass@{k} {score:.3f}" for k, score in scores.items())
+    return ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1842,15 +1841,19 @@ def log_metrics(run, row):
 
         run.writer = run.writer or SummaryWriter(run.path)
         for name, value in row.items():
-            for part, number in value.items() if isinstance(value, dict) else [("", value)]:
-                if number is not None:
-                    run.writer.add_scalar(f"{name}/{part}".strip("/"), number, row["step"])
+            if value is not None:
+                run.writer.add_scalar(name, value, row["step"])
         run.writer.flush()
 
 
 def scores_of(log):
-    """{step: {k: Pass@k}} of a run's evaluations; k is a str."""
-    return {row["step"]: row["pass_at_k"] for row in read_log(log) if "pass_at_k" in row}
+    """{step: {"Pass@1": ..., ...}} of a run's evaluations."""
+    found = {}
+    for row in read_log(log):
+        scores = {name: value for name, value in row.items() if name.startswith("Pass@")}
+        if scores:
+            found[row["step"]] = scores
+    return found
 
 
 def log_step(run, responses, metrics):
@@ -1928,7 +1931,7 @@ def print_step(m, left, header):
             "   step    correct  length  cut  entropy  logp+  logp-   lam  beta   grad  clip   "
             "tokens/s rollout update memory   left"
         )
-    t, step = m["time"], f"{m['step']:>5}/{m['steps']:<5}"
+    step = f"{m['step']:>5}/{m['steps']:<5}"
     right, wrong, lam, beta = (
         "-" if m[name] is None else f"{m[name]:.2f}"
         for name in ("logp_correct", "logp_incorrect", "lam", "beta")
@@ -1937,7 +1940,7 @@ def print_step(m, left, header):
         f"{step} {m['correct']:6.1%} {m['length']:7.1f} {m['truncated']:4.0%} "
         f"{m['entropy']:8.3f} {right:>6} {wrong:>6} {lam:>5} {beta:>5} "
         f"{m['grad_norm']:6.3f} {m['clip_frac']:5.1%} "
-        f"{m['tokens'] / t['rollout']:10,.0f} {t['rollout']:6.2f}s {t['update']:5.2f}s "
+        f"{m['tokens'] / m['rollout_s']:10,.0f} {m['rollout_s']:6.2f}s {m['update_s']:5.2f}s "
         f"{m['memory_gb']:4.1f}GB {duration(left):>6}"
     )
 
@@ -1958,7 +1961,8 @@ def plot(run):
         axis.plot([row["step"] for row in steps], values)
         axis.set(title=name, xlabel="step")
     for step, scores in scores_of(log).items():
-        last.semilogx([*map(int, scores)], [*scores.values()], ".-", base=2, label=f"step {step}")
+        ks = [int(name.removeprefix("Pass@")) for name in scores]
+        last.semilogx(ks, [*scores.values()], ".-", base=2, label=f"step {step}")
     last.set(title="Pass@k", xlabel="k")
     if last.lines:
         last.legend()
@@ -2127,11 +2131,12 @@ def dry_run(cfg):
         f"dry run of {cfg.model}'s shape on {run.model.device}: responses are as long as they may "
         f"be; KV cache of {run.rollout_tokens:,} tokens"
     )
+    phase_names = ("rollout", "score", "update")
     while run.step < cfg.steps:
         started = time.time()
         _, metrics = take_step(run)
         print_step(metrics, left=(2 - run.step) * (time.time() - started), header=run.step == 1)
-        phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in metrics["time"].items())
+        phases = ", ".join(f"{name} {metrics[f'{name}_s']:.1f} s" for name in phase_names)
         say(f"{phases}; peak memory {peak_memory(run.model.device):.1f} GB")
 
 
@@ -2202,6 +2207,7 @@ def command(body):
     """Run body() as a shell command: its exit status, 130 when stopped, 2 after a user's error."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
     try:
         return body()
     except UserError as e:
