@@ -499,7 +499,9 @@ def resolve(given):
     """
     before, _ = config_of(given.get("model", "countdown"))  # whose model it begins with
     embedded = all(given.get(name, "countdown") in TASKS for name in ("model", "data"))
-    preset = "countdown" if embedded else "qwen-math"
+    preset = "qwen-math"
+    if embedded:
+        preset = given.get("data") or given.get("model") or "countdown"
     if before:
         preset = before.preset
     preset = given.get("preset") or preset
@@ -1603,7 +1605,7 @@ def evaluate(run):
     for name in tallies[0]:
         row[name] = sum(t[name] for t in tallies) / len(tallies)
     log_metrics(run, row)
-    say(f"step {step}: {listed(scores_of(log)[step])}")
+    say(f"step {step}: {listed(scores_in(row))}")
     plot(run)
 
 
@@ -1846,14 +1848,14 @@ def log_metrics(run, row):
         run.writer.flush()
 
 
+def scores_in(row):
+    """{"Pass@1": ..., ...} of a row of metrics.jsonl; {} of a training step's."""
+    return {name: value for name, value in row.items() if name.startswith("Pass@")}
+
+
 def scores_of(log):
     """{step: {"Pass@1": ..., ...}} of a run's evaluations."""
-    found = {}
-    for row in read_log(log):
-        scores = {name: value for name, value in row.items() if name.startswith("Pass@")}
-        if scores:
-            found[row["step"]] = scores
-    return found
+    return {row["step"]: scores_in(row) for row in read_log(log) if scores_in(row)}
 
 
 def log_step(run, responses, metrics):

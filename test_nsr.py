@@ -261,7 +261,8 @@ def test_presets_and_flags_resolve():
     own = nsr.resolve({"model": "x", "data": "y.jsonl", "lr": 3e-6})
     assert (own.preset, own.lr, own.eval_data) == ("qwen-math", 3e-6, "")
     assert nsr.resolve({"model": "x", "data": "countdown"}).preset == "qwen-math"
-    assert nsr.resolve({"model": "countdown-strong"}).preset == "countdown"
+    hard = nsr.resolve({"model": "countdown-hard"})
+    assert (hard.preset, hard.data, hard.max_new_tokens) == ("countdown-hard", "countdown-hard", 24)
 
 
 def test_help_tells_every_flag_with_its_default(cli, capsys):
@@ -2233,7 +2234,7 @@ def test_eval_log_at_equal_x_by_hand(evaluation):
     [
         (["--log", "step:length"], "give models"),
         (["out/a-s0", "--at", "1"], "--log X:Y"),
-        (["out/a-s0", "--log", "step:lenth"], "distinct, Pass@1, Pass@4, steps, spread, update_s"),
+        (["out/a-s0", "--log", "step:lenth"], "distinct, Pass@1, Pass@4, steps"),
         (["out/a-s0", "--log", "spread:length"], "X a number"),
         (["out/a-s0", "--log", "step"], "X:Y"),
         (["out/a-s0", "--log", "step:"], "X:Y"),
