@@ -131,19 +131,20 @@ def problem_set(name, runs, args):
 
     Of what a run was trained on, only what it held out. Raises UserError.
     """
-    cfg = runs.get(name)
-    if name in nsr.TASKS:
-        cfg = nsr.resolve({"preset": name})
     for run in runs.values():
-        if Path(run.data).resolve() == Path(name).resolve():
-            cfg = run
-    if cfg and name == cfg.eval_data or not cfg:
-        problems = nsr.shuffled_problems(name, cfg or Config(**task_flags(args)))
-    else:
-        _, problems = nsr.load_problems(cfg)
-        if name not in nsr.TASKS:
-            nsr.say(f"{name} was trained on: these are the problems that the run held out")
-    return problems[: args.problems], cfg
+        if name == run.eval_data:
+            return nsr.shuffled_problems(name, run)[: args.problems], run
+        if Path(name).resolve() == Path(run.data).resolve():
+            if name not in nsr.TASKS:
+                nsr.say(f"{name} was trained on: these are the problems that the run held out")
+            _, problems = nsr.load_problems(run)
+            return problems[: args.problems], run
+    if name in nsr.TASKS:
+        task = nsr.resolve({"preset": name})
+        _, problems = nsr.load_problems(task)
+        return problems[: args.problems], task
+    problems = nsr.shuffled_problems(name, Config(**task_flags(args)))
+    return problems[: args.problems], None
 
 
 def sample_sets(name, sets, args, begun, done):
@@ -154,7 +155,7 @@ def sample_sets(name, sets, args, begun, done):
     model, tokenizer = nsr.load_model(name, nsr.pick_device(args.device))
     bits = sum(int(p.data.view(torch.int32).sum()) for p in model.parameters())
     for data, (problems, run) in sets.items():
-        papers = Config(system=nsr.papers_system(name), **task_flags(args))
+        papers = replace(Config(system=nsr.papers_system(name)), **task_flags(args))
         cfg = config_of(name, args) or run or papers  # of its prompts
         settings = {
             "model": name,
@@ -320,7 +321,8 @@ def load(path, args, ks=None, problems=None):
 def verify_again(path, rows, args):
     """Set label and pred_answer of rows anew; print which verdicts change. Raises UserError."""
     given, changes = task_flags(args), []
-    custom = nsr.load_verifier(given["verifier"]) if "verifier" in given else None
+    name = given.get("verifier", rows[0].get("verifier"))
+    custom = nsr.load_verifier(name) if name else None
     for row in rows:
         countdown = re.fullmatch(r"\d+( \d+)+ = \d+", row["gold_answer"])
         verify = custom or (nsr.verify_countdown if countdown else nsr.verify)

@@ -499,11 +499,12 @@ def resolve(given):
     """
     before, _ = config_of(given.get("model", "countdown"))  # whose model it begins with
     embedded = all(given.get(name, "countdown") in TASKS for name in ("model", "data"))
-    preset = "qwen-math"
-    if embedded:
-        preset = given.get("data") or given.get("model") or "countdown"
     if before:
         preset = before.preset
+    elif embedded:
+        preset = given.get("data") or given.get("model") or "countdown"
+    else:
+        preset = "qwen-math"
     preset = given.get("preset") or preset
     usual = parse_flags(PRESETS[preset].split())
     if before:
@@ -657,7 +658,8 @@ def parse_problem(row, question_key="", answer_key=""):
     if isinstance(answer, str) and re.match(r'\s*[\[{]\s*"', answer):  # JSON in a string
         answer = json.loads(answer)
     if isinstance(answer, dict) and answer.keys() >= {"target", "numbers"}:
-        answer = f"{' '.join(map(str, answer['numbers']))} = {answer['target']}"
+        numbers = " ".join(str(int(number)) for number in answer["numbers"])
+        answer = f"{numbers} = {int(answer['target'])}"
         problem.instruction, problem.verify = COUNTDOWN, verify_countdown
     answers = answer if isinstance(answer, list) else [answer]
     problem.answer = ", ".join(map(clean_answer, answers))
@@ -783,11 +785,11 @@ def load_verifier(name):
         raise UserError(f"--verifier {name}: {first_line(e)}; give FILE.py:FUNCTION")
 
     def checked(response, answer, pattern=""):
+        wrong = ""
         try:
             verdict = body(response, answer)
-            wrong = (
-                "" if verdict in (True, False) else f"returned {verdict!r}, neither True nor False"
-            )
+            if verdict not in (True, False):
+                wrong = f"returned {verdict!r}, neither True nor False"
         except Exception as e:
             wrong = f"raised {type(e).__name__}: {first_line(e)}"
         if wrong:
@@ -1093,11 +1095,10 @@ def prompt_text(problem, tokenizer, cfg):
     """
     messages = problem.messages or [{"role": "user", "content": problem.question}]
     instruction = problem.instruction if cfg.instruction is None else cfg.instruction
-    asked = max(i for i, m in enumerate(messages) if m["role"] == "user" or i == 0)
     if instruction:
-        text = f"{messages[asked]['content']}\n{instruction}"
-        messages = [*messages]
-        messages[asked] = messages[asked] | {"content": text}
+        messages = [dict(message) for message in messages]
+        asked = [m for m in messages if m["role"] == "user"] or messages
+        asked[-1]["content"] += f"\n{instruction}"
     if cfg.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": cfg.system}, *messages]
     if not tokenizer.chat_template:
@@ -1801,10 +1802,10 @@ def save_checkpoint(run):
             f"cannot write {path} ({first_line(e)}); what was saved before is whole: make room, "
             f"and go on with --resume {run.path}"
         )
-    kept = checkpoints(run.path)
-    collapsed = [run.path / f"step-{step:05}" for step in collapsed_steps(run)]
-    sound = [checkpoint for checkpoint in kept if checkpoint not in collapsed]
-    kept = kept[-run.cfg.keep :] + sound[-1:]
+    saved = checkpoints(run.path)
+    collapsed = {f"step-{step:05}" for step in collapsed_steps(run)}
+    sound = [checkpoint for checkpoint in saved if checkpoint.name not in collapsed]
+    kept = saved[-run.cfg.keep :] + sound[-1:]
     for other in run.path.glob("step-*"):  # older ones, and one that a kill has left unfinished
         if other not in kept:
             shutil.rmtree(other)
@@ -1876,54 +1877,50 @@ def log_step(run, responses, metrics):
         }
     append_log(run.path / "samples.jsonl", *samples.values())
     if RANK == 0:
-        for name, text in warnings_of(run, metrics, responses[-1]):
+        for name, text in warnings_of(run, metrics, responses[-1]).items():
             if name not in run.warned:
                 run.warned.add(name)
                 say(f"warning, step {run.step}: {text}")
 
 
 def warnings_of(run, m, last):
-    """Yield (name, text) of what keeps a run from learning. m: metrics of a step (dict)."""
+    """{name: text} of what keeps a run from learning.
+
+    m: metrics of a step (dict). last: one of its responses.
+    """
+    found = {}
     if run.step in collapsed_steps(run):
-        yield (
-            "collapsed",
-            (
-                f"the policy has collapsed: {m['correct']:.1%} correct, entropy {m['entropy']:.3f}. "
-                "Its last checkpoint before is kept: start anew from it, or with a lower --lr"
-            ),
+        found["collapsed"] = (
+            f"the policy has collapsed: {m['correct']:.1%} correct, entropy {m['entropy']:.3f}; "
+            "start anew with a lower --lr, or from the last checkpoint before it, which is kept if "
+            "there is one"
         )
     elif m["truncated"] > 0.5:
-        yield (
-            "cut",
-            ("most responses are cut at --max-new-tokens, often before their answer: raise it"),
+        found["cut"] = (
+            "most responses are cut at --max-new-tokens, often before their answer: raise it"
         )
     if m["boxed"] == 0 and not run.cfg.verifier:
         place = run.cfg.answer_pattern or r"\boxed{}"
-        yield (
-            "box",
+        found["box"] = (
             f"no response has an answer in {place}, so all count as incorrect: does the model "
-            "know this form of prompt, and is --max-new-tokens enough?",
+            "know this form of prompt, and is --max-new-tokens enough?"
         )
     elif m["correct"] == 0:
-        yield (
-            "wrong",
-            (
-                f"all responses are incorrect; one ends {last.text[-80:]!r} where the answer is "
-                f"{last.problem.answer!r}"
-            ),
+        found["wrong"] = (
+            f"all responses are incorrect; one ends {last.text[-80:]!r} where the answer is "
+            f"{last.problem.answer!r}"
         )
     if m["updates"] == 0:
-        yield (
-            "idle",
-            (
-                f"{run.cfg.method} has nothing to learn from a batch with {m['correct']:.0%} "
-                "correct responses: every advantage is 0, and there was no update"
-            ),
+        found["idle"] = (
+            f"{run.cfg.method} has nothing to learn from a batch with {m['correct']:.0%} correct "
+            "responses: every advantage is 0, and there was no update"
         )
     elif m["grad_norm"] == 0:
-        yield "still", "the gradient is exactly 0, and no weight has moved"
+        found["still"] = "the gradient is exactly 0, and no weight has moved"
     if m["rollout_gap"] > 0.1:
-        yield "gap", f"log-probs of rollout and training pass differ by {m['rollout_gap']:.2f}"
+        gap = m["rollout_gap"]
+        found["gap"] = f"log-probs of rollout and training pass differ by {gap:.2f}"
+    return found
 
 
 def print_step(m, left, header):
@@ -2000,7 +1997,7 @@ def flag_parser(description):
 
 
 def add_flags(parser, names):
-    """Add these fields of Config to a parser; those that are not given stay away from its result."""
+    """Add the flags of these fields of Config; the parser's result has those that are given."""
     comments = dict(
         re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE)
     )
@@ -2077,11 +2074,11 @@ def settings(given):
         raise UserError(f"--resume {path}: no run to go on with: no sound config.json of one there")
     given["resume"] = str(path)
     for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
         if name not in RESUMABLE.split() and value != getattr(cfg, name):
             raise UserError(
-                f"--resume {path}: that run has --{name.replace('_', '-')} "
-                f"{getattr(cfg, name)!r}; leave "
-                "the flag out, or start a new run"
+                f"--resume {path}: that run has {flag} {getattr(cfg, name)!r}; leave the flag out, "
+                "or start a new run"
             )
         setattr(cfg, name, value)
     check(cfg)
@@ -2133,12 +2130,12 @@ def dry_run(cfg):
         f"dry run of {cfg.model}'s shape on {run.model.device}: responses are as long as they may "
         f"be; KV cache of {run.rollout_tokens:,} tokens"
     )
-    phase_names = ("rollout", "score", "update")
     while run.step < cfg.steps:
         started = time.time()
         _, metrics = take_step(run)
         print_step(metrics, left=(2 - run.step) * (time.time() - started), header=run.step == 1)
-        phases = ", ".join(f"{name} {metrics[f'{name}_s']:.1f} s" for name in phase_names)
+        names = ("rollout", "score", "update")
+        phases = ", ".join(f"{name} {metrics[f'{name}_s']:.1f} s" for name in names)
         say(f"{phases}; peak memory {peak_memory(run.model.device):.1f} GB")
 
 

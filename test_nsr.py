@@ -343,6 +343,10 @@ def test_a_row_of_tinyzero_is_a_countdown():
         assert problem.verify("\\boxed{44 + 19 + 35}", problem.answer)
         assert not problem.verify("\\boxed{98}", problem.answer)
         assert not problem.verify("\\boxed{44 + 19 + 36}", problem.answer)
+    floats = {"target": 98.0, "numbers": [44.0, 19, 35]}
+    assert nsr.parse_problem(row | {"answer": floats}).answer == "44 19 35 = 98"
+    with pytest.raises((TypeError, ValueError)):
+        nsr.parse_problem(row | {"answer": floats | {"target": None}})
 
 
 def test_a_chat_is_kept_whole():
@@ -2079,6 +2083,18 @@ def test_eval_asks_as_the_run_was_asked_or_as_its_flags_say(cli, evaluation, bas
     assert status == 2 and "prompt_sha1" in err and len(err.splitlines()) == 1
     status, _, err = evaluation(*flags, "--max-prompt-tokens", 1)
     assert status == 2 and "--max-prompt-tokens 1" in err
+    status, _, err = evaluation(policy, *flags[1:], "--data", "data.jsonl", "--system", "S")
+    assert status == 2 and "chat template" in err and len(err.splitlines()) == 1
+
+
+def test_rescoring_keeps_to_the_verifier_of_the_rows(evaluation, base):
+    Path("mine.py").write_text("def right(response, answer):\n    return True\n")
+    data = own_data("data.jsonl")
+    flags = base, "--data", data, "-n", 1, "--problems", 2, "--verifier", "mine.py:right"
+    assert evaluation(*flags, "--max-new-tokens", 9)[0] == 0
+    (file,) = Path("out/eval").glob("*.jsonl")
+    status, out, _ = evaluation("--rescore", file)
+    assert status == 0 and "2 responses, 0 verdicts changed" in out
 
 
 def test_eval_of_fewer_problems_shows_fewer(evaluation, base):
