@@ -30,7 +30,9 @@ FIELDS = {"question_id", "generation_id", "response", "gold_answer", "label"}  #
 # in every row that is sampled here
 SETTINGS = ("model", "weights", "data", "answer_pattern", "verifier", "n", *MATH)
 # flags of nsr.py, which say how problems are read, asked and checked
-TASK = "question_key answer_key instruction system answer_pattern verifier max_prompt_tokens"
+PROMPT_FLAGS = (
+    "question_key answer_key instruction system answer_pattern verifier max_prompt_tokens"
+)
 # Student's t at 97.5% by degrees of freedom; from 10 on it is 1.96 + 2.5 / n, to within 1%
 STUDENT_T = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FULL, FAINT = 1.0, 0.3  # how a curve is drawn
@@ -65,8 +67,9 @@ def parse_flags():
     flag("--out", default="out/eval", help="directory where responses are kept [out/eval]")
     flag("--rescore", nargs="+", type=Path, help="sample none; verify again what files hold")
     flag("--device", help="cpu, cuda, cuda:1, ... [cuda if there is one, else cpu]")
-    nsr.add_flags(parser, TASK.split())
+    nsr.add_flags(parser, PROMPT_FLAGS.split())
     args = parser.parse_args()
+    nsr.check_pattern(getattr(args, "answer_pattern", ""))
     if args.top_p and args.top_p > 1:
         parser.error(f"--top-p {args.top_p}: is a share, 1 at most")
     if bool(args.models) == bool(args.rescore):
@@ -95,14 +98,15 @@ def sample_models(args):
     """
     for name in args.models:
         nsr.check_model(name)  # before data is downloaded
-    runs = {}  # of each set the first run that held it out
+    runs = {}  # {set: Config of the first run that held it out}
     for name in args.models:
-        cfg = config_of(name, args)
+        cfg = run_config(name, args)
         if cfg:
             runs.setdefault(cfg.eval_data or cfg.data, cfg)
     sets = {}  # {name: (problems, Config or None)}, all before the first is sampled
     for name in args.data or runs or ["math-test", "aime2025", "amc23"]:
-        sets[name] = problem_set(name, runs, args)
+        name, problems, cfg = problem_set(name, runs, args)
+        sets[name] = problems[: args.problems], cfg
     begun, done = [], []
     try:
         for name in args.models:
@@ -113,62 +117,63 @@ def sample_models(args):
     return done, 0
 
 
-def task_flags(args):
-    """{field of Config: value} of the flags in TASK that were given."""
-    return {name: value for name, value in vars(args).items() if name in TASK.split()}
+def prompt_flags(args):
+    """{field of Config: value} of the flags in PROMPT_FLAGS that were given."""
+    return {name: value for name, value in vars(args).items() if name in PROMPT_FLAGS.split()}
 
 
-def config_of(name, args):
+def run_config(name, args):
     """Config of a model that is a run or an embedded base policy; None of another."""
     cfg, _ = nsr.config_of(name)
     if name in nsr.TASKS:
         cfg = nsr.resolve({"preset": name})
-    return cfg and replace(cfg, **task_flags(args))
+    return cfg and replace(cfg, **prompt_flags(args))
 
 
 def problem_set(name, runs, args):
-    """(problems, Config) of a set; the second is that of the run that held them out, or None.
+    """(name, problems, Config) of a set; the last is that of the run that held it out, or None.
 
-    Of what a run was trained on, only what it held out. Raises UserError.
+    What a run was trained on stands for what it held out. Raises UserError.
     """
-    for run in runs.values():
-        if name == run.eval_data:
-            return nsr.shuffled_problems(name, run)[: args.problems], run
-        if Path(name).resolve() == Path(run.data).resolve():
-            if name not in nsr.TASKS:
-                nsr.say(f"{name} was trained on: these are the problems that the run held out")
-            _, problems = nsr.load_problems(run)
-            return problems[: args.problems], run
-    if name in nsr.TASKS:
-        task = nsr.resolve({"preset": name})
-        _, problems = nsr.load_problems(task)
-        return problems[: args.problems], task
-    problems = nsr.shuffled_problems(name, Config(**task_flags(args)))
-    return problems[: args.problems], None
+    cfg = runs.get(name)
+    if name in nsr.TASKS and not cfg:
+        cfg = replace(nsr.resolve({"preset": name}), **prompt_flags(args))
+    for other in runs.values():
+        if not cfg and Path(name).resolve() == Path(other.data).resolve():
+            cfg = other
+    if not cfg:
+        return name, nsr.shuffled_problems(name, Config(**prompt_flags(args))), None
+    if name == cfg.eval_data:
+        return name, nsr.shuffled_problems(name, cfg), cfg
+    _, problems = nsr.load_problems(cfg)
+    if name not in nsr.TASKS:
+        nsr.say(f"{name} was trained on: these are the problems that the run held out")
+    return cfg.eval_data or name, problems, cfg
 
 
 def sample_sets(name, sets, args, begun, done):
     """Sample from a model what its files lack; their paths are appended to begun, then to done.
 
-    sets: as problem_set() gives them. Raises UserError.
+    sets: {name: (problems, Config of the run that held them out, or None)}. Raises UserError.
     """
     model, tokenizer = nsr.load_model(name, nsr.pick_device(args.device))
     bits = sum(int(p.data.view(torch.int32).sum()) for p in model.parameters())
-    for data, (problems, run) in sets.items():
-        papers = replace(Config(system=nsr.papers_system(name)), **task_flags(args))
-        cfg = config_of(name, args) or run or papers  # of its prompts
+    given = prompt_flags(args)
+    for data, (problems, held_by) in sets.items():
+        papers = replace(Config(system=nsr.papers_system(name)), **given)
+        cfg = run_config(name, args) or held_by or papers  # of the prompts
         settings = {
             "model": name,
             "weights": f"{bits % 2**64:x}",
             "data": data,
             "n": args.n,
-            "answer_pattern": cfg.answer_pattern or None,
-            "verifier": cfg.verifier or None,
+            "answer_pattern": cfg.answer_pattern,
+            "verifier": (held_by or papers).verifier,  # the one that the problems were read with
         }
         usual = MATH
-        if run:
-            usual = {"temperature": run.temperature, "top_p": 1.0}
-            usual["max_new_tokens"] = run.max_new_tokens
+        if held_by:
+            usual = {"temperature": held_by.temperature, "top_p": 1.0}
+            usual["max_new_tokens"] = held_by.max_new_tokens
         for knob, value in usual.items():
             settings[knob] = getattr(args, knob) or value
         cfg = replace(cfg, max_new_tokens=settings["max_new_tokens"])
@@ -266,7 +271,7 @@ def check_rows(path, rows, planned):
             if value not in (None, row.get(key)):
                 raise UserError(
                     f"{path}, line {number}: {key} is {row.get(key)!r}, not {value!r}: "
-                    "no mixed models or settings in a file; move it, or give --out DIR"
+                    "no mixed models, prompts or settings in a file; move it, or give --out DIR"
                 )
 
 
@@ -320,11 +325,16 @@ def load(path, args, ks=None, problems=None):
 
 def verify_again(path, rows, args):
     """Set label and pred_answer of rows anew; print which verdicts change. Raises UserError."""
-    given, changes = task_flags(args), []
-    name = given.get("verifier", rows[0].get("verifier"))
-    custom = nsr.load_verifier(name) if name else None
+    given, changes = prompt_flags(args), []
+    wanted, custom = rows[0].get("verifier"), None
+    if "verifier" in given:
+        custom = nsr.load_verifier(given["verifier"])
+    elif wanted:  # a file of responses does not say what is executed
+        raise UserError(
+            f"{path}: its rows were checked by --verifier {wanted}; give it, or another"
+        )
     for row in rows:
-        countdown = re.fullmatch(r"\d+( \d+)+ = \d+", row["gold_answer"])
+        countdown = re.fullmatch(r"\d+( \d+)+ = \d+", str(row["gold_answer"]))
         verify = custom or (nsr.verify_countdown if countdown else nsr.verify)
         pattern = given.get("answer_pattern", row.get("answer_pattern"))
         before = row["label"]

@@ -51,6 +51,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import unicodedata
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields
@@ -187,7 +188,7 @@ class Response:
     stopped: bool  # False: cut at max_new_tokens
     problem: "Problem" = None  # what it is a response to
     text: str = ""
-    answer: str = None  # what its last box holds
+    answer: str = None  # what its last box holds, or --answer-pattern finds
     correct: bool = False
     old_logp: torch.Tensor = None  # by the training pass, before the first update
     entropy: torch.Tensor = None  # of the distribution before each token, in nats
@@ -206,6 +207,7 @@ def train(run):
     while run.step < cfg.steps:
         responses, metrics = take_step(run)
         log_step(run, responses, metrics)
+        prune_checkpoints(run)
         done = run.step - first_step
         left = (time.time() - started) / done * (cfg.steps - run.step)
         print_step(metrics, left, header=done % 20 == 1)
@@ -214,6 +216,7 @@ def train(run):
         evaluate(run)
         if any(sum_over_ranks(len(heard))):
             raise Stopped
+    prune_checkpoints(run)
 
 
 def take_step(run):
@@ -409,13 +412,13 @@ class Config:
     prompts: int = 64  # prompts a step
     group_size: int = 8  # responses a prompt, G
     updates: int = 2  # optimizer updates a step: mini-batches of the batch
-    lr: float = 1e-4  # learning rate, constant
+    lr: float = 1e-4  # learning rate, constant after --lr-warmup
     lr_warmup: int = 0  # steps over which the learning rate first rises to it
     optimizer: str = "torch.optim.AdamW"  # any class that is called as it is
     seed: int = 0  # decides every random draw of the run
     name: str = ""  # write to out/NAME; default: METHOD-1, METHOD-2, ...
     resume: str = ""  # go on with the run in this directory, by its own settings
-    question_key: str = ""  # where a row of --data has its question; default: the usual names
+    question_key: str = ""  # where rows of data have their question; default: the usual names
     answer_key: str = ""  # and its answer; both may be nested: extra_info.answer
     instruction: str = None  # follows the question in the prompt; default: the papers'; "": none
     system: str = None  # system message; default: the papers' for Qwen2.5-Math's base, else none
@@ -440,7 +443,7 @@ class Config:
     eval_problems: int = 100  # held-out problems to evaluate on
     eval_samples: int = 256  # responses to each of them: n of Pass@k
     save_every: int = 25  # steps between checkpoints
-    keep: int = 1  # checkpoints to keep, the newest
+    keep: int = 1  # newest checkpoints to keep; after a collapse also the last before it
     tensorboard: bool = False  # also write the metrics for TensorBoard
     rollout_tokens: int = 0  # most tokens in the KV cache; 0: what a GPU holds, 65,536 on a CPU
     gpu_memory_utilization: float = 0.9  # share of a GPU that the KV cache may fill with the rest
@@ -499,13 +502,14 @@ def resolve(given):
     """
     before, _ = config_of(given.get("model", "countdown"))  # whose model it begins with
     embedded = all(given.get(name, "countdown") in TASKS for name in ("model", "data"))
-    if before:
+    if "preset" in given:
+        preset = given["preset"]
+    elif before:
         preset = before.preset
     elif embedded:
         preset = given.get("data") or given.get("model") or "countdown"
     else:
         preset = "qwen-math"
-    preset = given.get("preset") or preset
     usual = parse_flags(PRESETS[preset].split())
     if before:
         usual["system"] = before.system
@@ -544,12 +548,7 @@ def check(cfg):
         raise UserError(
             f"--gpu-memory-utilization {cfg.gpu_memory_utilization}: is a share, 1 at most"
         )
-    try:
-        groups = re.compile(cfg.answer_pattern or "()").groups
-    except re.error as e:
-        raise UserError(f"--answer-pattern {cfg.answer_pattern}: {e}")
-    if groups == 0:
-        raise UserError(f"--answer-pattern {cfg.answer_pattern}: put the answer's part in ( )")
+    check_pattern(cfg.answer_pattern)
     if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: pip install tensorboard")
     if cfg.prompts % (cfg.updates * WORLD_SIZE):
@@ -559,6 +558,18 @@ def check(cfg):
         )
     if cfg.method == "grpo" and cfg.group_size < 2:
         raise UserError("--method grpo compares the responses of a group: --group-size 2 or more")
+
+
+def check_pattern(pattern):
+    """Raises UserError unless --answer-pattern is empty, or a regex with a group."""
+    if not pattern:
+        return
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as e:
+        raise UserError(f"--answer-pattern {pattern}: {e}")
+    if groups == 0:
+        raise UserError(f"--answer-pattern {pattern}: put the answer's part in ( )")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -579,10 +590,10 @@ class Problem:
 
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-QUESTION_KEYS = "problem question prompt content messages input"
+QUESTION_KEYS = "problem question prompt content messages input".split()
 ANSWER_KEYS = (
     "answer final_answer Answer reward_model.ground_truth ground_truth label target output"
-)
+).split()
 GITHUB = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/main/evaluation/data"
 DOWNLOADS = {  # name: (address, git blob id; the hub has its own sums)
     "math-train": (f"{GITHUB}/math/train.jsonl", "47bc5462da8374bdcf53a7339bd48a7e28567676"),
@@ -619,42 +630,57 @@ def fetch(name):
 
 
 def read_rows(path):
-    """The rows of a file: dicts of a JSON array, CSV or Parquet; of JSON Lines the lines (str)."""
+    """("row", dicts) of a JSON array, CSV or Parquet; ("line", lines) of JSON Lines."""
     if path.suffix == ".parquet":
         try:
             from pyarrow import parquet
         except ImportError:
             raise UserError(f"{path}: Parquet is read by pyarrow: pip install pyarrow")
-        return parquet.read_table(path).to_pylist()
+        return "row", parquet.read_table(path).to_pylist()
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".csv":
-        return csv.DictReader(io.StringIO(text, newline=""))
+        return "row", csv.DictReader(io.StringIO(text, newline=""))
     if text.lstrip().startswith("["):
-        return json.loads(text)
-    return text.split("\n")
+        return "row", json.loads(text)
+    return "line", text.split("\n")
 
 
-def parse_problem(row, question_key="", answer_key=""):
+def parse_problem(row, question_key="", answer_key="", as_is=False):
     """Problem from one row (dict) of MATH, GSM8K, AIME, DAPO, verl, TinyZero and their like.
 
-    Its answer is "" where the row has none. Raises ValueError that says what is wrong.
+    as_is: the answer is for a verifier of the user's. It is "" where the row has none. Raises
+    ValueError that says what is wrong.
 
     >>> parse_problem({"question": "2 + 2 = ?", "answer": "Two and two.\\n#### 4"}).answer
     '4'
     """
-    names = question_key or QUESTION_KEYS
+    names = (question_key,) if question_key else QUESTION_KEYS
     question = first_of(row, names)
     problem = Problem(question, "", INSTRUCTION, verify)
-    if isinstance(question, list):  # a chat brings its own instruction
+    if isinstance(question, list):
         problem.messages = [chat_message(message) for message in question]
-        problem.instruction = ""
         problem.question = json.dumps(problem.messages, ensure_ascii=False)
     elif not isinstance(question, str) or not question.strip():
-        raise ValueError(f"no question in {names}; the row has {', '.join(map(str, row))}")
-    answer = first_of(row, answer_key or ANSWER_KEYS)
+        keys = ", ".join(map(str, row))
+        raise ValueError(f"no question in {', '.join(names)}; the row has {keys}")
+    answer = first_of(row, (answer_key,) if answer_key else ANSWER_KEYS)
     if answer is None and not answer_key:
         solution = row.get("solution") or ""
         answer = extract_answer("\n".join(solution) if isinstance(solution, list) else solution)
+    if not as_is:
+        set_answer(problem, answer)
+    elif answer is not None:
+        problem.answer = answer if isinstance(answer, str) else json.dumps(answer)
+    if problem.messages:  # a chat brings its own instruction
+        problem.instruction = ""
+    (problem.question + problem.answer).encode()  # half a character raises
+    tags = {"level": row.get("level"), "subject": first_of(row, ("subject", "type"))}
+    problem.tags = {name: str(tag) for name, tag in tags.items() if tag}
+    return problem
+
+
+def set_answer(problem, answer):
+    """Set what a Problem has of its gold answer, which may be of any type. Raises ValueError."""
     if isinstance(answer, str) and re.match(r'\s*[\[{]\s*"', answer):  # JSON in a string
         answer = json.loads(answer)
     if isinstance(answer, dict) and answer.keys() >= {"target", "numbers"}:
@@ -663,10 +689,11 @@ def parse_problem(row, question_key="", answer_key=""):
         problem.instruction, problem.verify = COUNTDOWN, verify_countdown
     answers = answer if isinstance(answer, list) else [answer]
     problem.answer = ", ".join(map(clean_answer, answers))
-    (problem.question + problem.answer).encode()  # half a character raises
-    tags = {"level": row.get("level"), "subject": first_of(row, "subject type")}
-    problem.tags = {name: str(tag) for name, tag in tags.items() if tag}
-    return problem
+
+
+def ends_begun(messages):
+    """Whether the last turn of a chat is the assistant's, which a response then goes on with."""
+    return messages[-1]["role"] == "assistant"
 
 
 def first_of(row, names):
@@ -675,9 +702,9 @@ def first_of(row, names):
     >>> first_of({"answer": "", "reward_model": {"ground_truth": 7}}, ANSWER_KEYS)
     7
     """
-    for name in names.split():
+    for name in names:
         value = row
-        for part in name.split("."):
+        for part in [name] if name in row else name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if value not in (None, "", []):
             return value
@@ -687,8 +714,8 @@ def first_of(row, names):
 def chat_message(message):
     """A chat message (dict) whose content is one text; it may be a list of parts."""
     content = message.get("content") if isinstance(message, dict) else None
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text") for part in parts]
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a chat message needs content that is text")
     return {"role": "user"} | message | {"content": "".join(texts)}
@@ -717,16 +744,18 @@ def read_problems(name, cfg=Config()):
     if name in TASKS:
         return countdown_problems(name)
     keys = ("", "") if name in DOWNLOADS else (cfg.question_key, cfg.answer_key)
-    problems, number, unanswered, repeated, other = {}, 0, 0, 0, 0
+    problems, place, number = {}, "", 0
+    unanswered = repeated = other = 0
     try:
-        for number, row in enumerate(read_rows(fetch(name)), 1):
+        place, rows = read_rows(fetch(name))
+        for number, row in enumerate(rows, 1):
             if isinstance(row, str):
                 if not row.strip():
                     continue
                 row = json.loads(row)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
-            problem = parse_problem(row, *keys)
+            problem = parse_problem(row, *keys, as_is=bool(cfg.verifier))
             if not problem.answer:
                 unanswered += 1
                 continue
@@ -734,16 +763,24 @@ def read_problems(name, cfg=Config()):
             repeated += first is not problem
             other += first.answer != problem.answer
     except (OSError, ValueError, TypeError, LookupError, RecursionError, csv.Error) as e:
-        place = f", line {number}" if number else ""
+        place = f", {place} {number}" if number else ""
         raise UserError(
             f"{name}{place}: {first_line(e)}; --data takes JSON Lines, a JSON array, CSV or "
             f"Parquet, or one of countdown, {', '.join(DOWNLOADS)}"
         )
-    if unanswered or repeated:
+    if unanswered:
         say(
-            f"{name}: left out {unanswered} rows without an answer in {keys[1] or ANSWER_KEYS}, "
-            f"and {repeated} that repeat a question, {other} of them with another answer"
+            f"{name}: left out {unanswered} rows without an answer in "
+            f"{keys[1] or ', '.join(ANSWER_KEYS)}"
         )
+    if repeated:
+        say(
+            f"{name}: left out {repeated} rows that repeat a question, {other} of them with another "
+            "answer"
+        )
+    begun = sum(ends_begun(p.messages) for p in problems.values() if p.messages)
+    if begun:
+        say(f"{name}: {begun} chats end with the assistant's turn, which the response goes on with")
     if not problems:
         raise UserError(f"{name} holds no problems with an answer; --answer-key says where it is")
     return list(problems.values())
@@ -777,6 +814,8 @@ def load_verifier(name):
     """The function of FILE.py:FUNCTION as a Problem's verify. Raises UserError."""
     file, _, function = name.rpartition(":")
     try:
+        if not file.endswith(".py"):
+            raise ValueError("no Python file")
         spec = importlib.util.spec_from_file_location("verifier", file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -791,7 +830,8 @@ def load_verifier(name):
             if verdict not in (True, False):
                 wrong = f"returned {verdict!r}, neither True nor False"
         except Exception as e:
-            wrong = f"raised {type(e).__name__}: {first_line(e)}"
+            line = traceback.extract_tb(e.__traceback__)[-1].lineno
+            wrong = f"raised {type(e).__name__} in line {line}: {first_line(e)}"
         if wrong:
             raise UserError(f"--verifier {name} {wrong}, for the response {response!r}")
         return bool(verdict)
@@ -809,7 +849,7 @@ def say_unread(problems):
     if unread:
         say(
             f"{len(unread)} of {len(problems)} gold answers are beyond the verifier, such as "
-            f"{unread[0][:80]!r}: only a response that is written just so is correct"
+            f"{unread[0][:80]!r}: only a response that is written just so can be correct"
         )
 
 
@@ -871,7 +911,7 @@ def countdown_example(rng, task="countdown"):
     target = 0
     while not least <= target <= largest:
         count = fewest
-        if fewest < most:
+        if fewest < most:  # else it would take a number from rng, and change every problem
             count = rng.randint(fewest, most)
         numbers = [rng.randrange(1, 10) for _ in range(count)]
         expression, target = random_expression(rng, numbers)
@@ -1036,8 +1076,9 @@ def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=
             model = kind.from_pretrained(path, dtype=torch.float32, **options)
     except Exception as e:  # as in check_model()
         raise no_model(path, e)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UserError(f"the model {path} has no weights to train: it is quantized or frozen")
+    frozen = not any(p.requires_grad for p in model.parameters())
+    if frozen or getattr(model.config, "quantization_config", None):
+        raise UserError(f"the model {path} is quantized or frozen; give one in whole weights")
     if model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # as in countdown_base()
     for module in model.modules():
@@ -1108,7 +1149,7 @@ def prompt_text(problem, tokenizer, cfg):
                 'none: give problems as text, with --system "", or another model'
             )
         return messages[0]["content"]
-    unfinished = messages[-1]["role"] == "assistant"  # the response continues it
+    unfinished = ends_begun(messages)
     try:
         return tokenizer.apply_chat_template(
             messages,
@@ -1751,18 +1792,18 @@ def checkpoints(path):
 def run_directory(path):
     """Path of the run that a path is of: of its directory, or of a checkpoint in it."""
     path = Path(path)
-    return path.parent if path.name.startswith("step-") else path
+    return path.parent if re.fullmatch(r"step-\d+", path.name) else path
 
 
 def config_of(name):
     """(Config, content of config.json) of a run; (None, {}) where `name` is none."""
     try:
         stored = json.loads((run_directory(name) / "config.json").read_text())
-        stored["problems_sha1"]  # of a model another
+        if "problems_sha1" not in stored:  # of a model another
+            return None, {}
+        return Config(**{knob.name: stored[knob.name] for knob in fields(Config)}), stored
     except (OSError, ValueError, KeyError, TypeError):
         return None, {}
-    known = {knob.name: stored.get(knob.name, knob.default) for knob in fields(Config)}
-    return Config(**known), stored
 
 
 def collapsed_steps(run):
@@ -1778,6 +1819,28 @@ def collapsed_steps(run):
             if expected > 20 and row["correct"] < best / 10:
                 steps.add(row["step"])
     return steps
+
+
+def sound_checkpoints(run):
+    """The checkpoints of policies that have not collapsed, as far as it is known, oldest first."""
+    collapsed = collapsed_steps(run)
+    sound = []
+    for checkpoint in checkpoints(run.path):
+        step = int(checkpoint.name.removeprefix("step-"))
+        # the policy of step-00025 is the one that samples the batch of step 26
+        if step not in collapsed and step + 1 not in collapsed:
+            sound.append(checkpoint)
+    return sound
+
+
+def prune_checkpoints(run):
+    """Remove what is not to be kept, and what a kill has left unfinished."""
+    if RANK:
+        return
+    kept = checkpoints(run.path)[-run.cfg.keep :] + sound_checkpoints(run)[-1:]
+    for other in run.path.glob("step-*"):
+        if other not in kept:
+            shutil.rmtree(other)
 
 
 def save_checkpoint(run):
@@ -1802,13 +1865,6 @@ def save_checkpoint(run):
             f"cannot write {path} ({first_line(e)}); what was saved before is whole: make room, "
             f"and go on with --resume {run.path}"
         )
-    saved = checkpoints(run.path)
-    collapsed = {f"step-{step:05}" for step in collapsed_steps(run)}
-    sound = [checkpoint for checkpoint in saved if checkpoint.name not in collapsed]
-    kept = saved[-run.cfg.keep :] + sound[-1:]
-    for other in run.path.glob("step-*"):  # older ones, and one that a kill has left unfinished
-        if other not in kept:
-            shutil.rmtree(other)
     plot(run)
 
 
@@ -1842,7 +1898,8 @@ def log_metrics(run, row):
     if run.cfg.tensorboard and RANK == 0:
         from torch.utils.tensorboard import SummaryWriter
 
-        run.writer = run.writer or SummaryWriter(run.path)
+        # steps that a resumed run takes again are not shown twice
+        run.writer = run.writer or SummaryWriter(run.path, purge_step=row["step"])
         for name, value in row.items():
             if value is not None:
                 run.writer.add_scalar(name, value, row["step"])
@@ -1860,10 +1917,7 @@ def scores_of(log):
 
 
 def log_step(run, responses, metrics):
-    """Log a step, with a correct and an incorrect response; say once what keeps it from learning.
-
-    All ranks take part.
-    """
+    """Log a step and two of its responses; say once what keeps the run from learning."""
     log_metrics(run, metrics)
     samples = {}
     for r in responses:
@@ -1892,9 +1946,10 @@ def warnings_of(run, m, last):
     if run.step in collapsed_steps(run):
         found["collapsed"] = (
             f"the policy has collapsed: {m['correct']:.1%} correct, entropy {m['entropy']:.3f}; "
-            "start anew with a lower --lr, or from the last checkpoint before it, which is kept if "
-            "there is one"
+            "start anew with a lower --lr"
         )
+        for sound in sound_checkpoints(run)[-1:]:
+            found["collapsed"] += f", or from before it, with --model {sound}"
     elif m["truncated"] > 0.5:
         found["cut"] = (
             "most responses are cut at --max-new-tokens, often before their answer: raise it"
@@ -1916,7 +1971,7 @@ def warnings_of(run, m, last):
             "responses: every advantage is 0, and there was no update"
         )
     elif m["grad_norm"] == 0:
-        found["still"] = "the gradient is exactly 0, and no weight has moved"
+        found["still"] = "the gradient is exactly 0: the loss does not reach the model's weights"
     if m["rollout_gap"] > 0.1:
         gap = m["rollout_gap"]
         found["gap"] = f"log-probs of rollout and training pass differ by {gap:.2f}"
@@ -2072,6 +2127,11 @@ def settings(given):
     cfg, stored = config_of(path)
     if not cfg:
         raise UserError(f"--resume {path}: no run to go on with: no sound config.json of one there")
+    asked = Path(given["resume"])
+    if asked != path and asked not in checkpoints(path)[-1:]:
+        raise UserError(
+            f"--resume {asked}: a run goes on from its newest checkpoint: --resume {path}"
+        )
     given["resume"] = str(path)
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')}"
@@ -2160,7 +2220,8 @@ def open_run(cfg, stored):
     path = Path(cfg.resume)
     Path("out").mkdir(exist_ok=True)  # where that fails, before any work is done
     held = lock(path / "run.lock") if stored and RANK == 0 else None
-    check_model(cfg.model)
+    saved = checkpoints(path) if stored else []
+    check_model(saved[-1] if saved else cfg.model)
     problems, held_out = load_problems(cfg)
     if len(problems) < cfg.prompts or not held_out:
         raise UserError(
@@ -2175,7 +2236,6 @@ def open_run(cfg, stored):
             f"--resume {path}: {cfg.data} no longer holds the problems that the run began with; "
             "put them back, or start a new run"
         )
-    saved = checkpoints(path) if stored else []
     run = build_run(cfg, path if saved else cfg.model)
     run.lock = held
     run.problems = encode_prompts(problems, run.model, run.tokenizer, cfg)
@@ -2212,7 +2272,10 @@ def command(body):
     except UserError as e:
         message = "" if RANK else str(e)  # rank 0 says it for all
     except torch.OutOfMemoryError:
-        message = "out of memory; lower --micro-tokens or --rollout-tokens, also with --resume"
+        message = (
+            "out of memory; lower --micro-tokens or --rollout-tokens (a run that has begun goes on "
+            "with --resume)"
+        )
     except OSError as e:  # no space, no permission, a name that the file system does not take
         message = str(e)
     except RuntimeError as e:
@@ -2265,6 +2328,7 @@ def main():
         train(run)
     except Stopped:
         save_checkpoint(run)
+        prune_checkpoints(run)
         say(
             f"stopped after step {run.step} of {cfg.steps}, which is saved; --resume {run.path} "
             "goes on from there"
@@ -3091,7 +3155,7 @@ def verify(response, gold, pattern=""):
     r"""Whether the last box of a response equals the gold answer, mathematically: bool.
 
     response: str. gold: str as LaTeX or plain, or a number. Whatever they are, nothing is raised.
-    pattern: as in extract_answer().
+    pattern: as in extract_answer(), which may raise UserError.
 
     >>> verify(r"thus \boxed{x = \frac{\sqrt8}{2}}", r"\sqrt{2}"), verify(r"\boxed{204_6}", "204_5")
     (True, False)

@@ -340,6 +340,7 @@ def test_a_row_of_tinyzero_is_a_countdown():
         '{"target": 98, "numbers": [44, 19, 35]}',
     ):
         problem = nsr.parse_problem(row | {"reward_model": {"ground_truth": gold}})
+        assert problem.instruction == ""  # the chat has its own
         assert problem.verify("\\boxed{44 + 19 + 35}", problem.answer)
         assert not problem.verify("\\boxed{98}", problem.answer)
         assert not problem.verify("\\boxed{44 + 19 + 36}", problem.answer)
@@ -374,6 +375,29 @@ def test_keys_may_be_named_and_nested():
     with pytest.raises(ValueError, match="no question in Q; the row has q, extra_info"):
         nsr.parse_problem(row, "Q")  # never one of the usual keys instead
     assert nsr.parse_problem(row, "q", "extra_info.gold").answer == ""
+    row = {"Question Text": "p", "a.b": "9"}
+    assert nsr.parse_problem(row, "Question Text", "a.b").answer == "9"
+
+
+def test_a_verifier_of_ones_own_gets_the_answer_as_it_is(tmp_path):
+    (tmp_path / "v.py").write_text("def right(response, answer):\n    return answer[0] == '['\n")
+    golds = ['["assert f(1) == 2", "assert f(2) == 3"]', {"inputs": [1]}, 7, "", None]
+    rows = [{"question": f"q{i}", "answer": gold} for i, gold in enumerate(golds)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cfg = nsr.Config(verifier=f"{tmp_path}/v.py:right")
+    problems = {p.question: p for p in nsr.shuffled_problems(str(tmp_path / "a.jsonl"), cfg)}
+    assert [problems[f"q{i}"].answer for i in range(3)] == [golds[0], '{"inputs": [1]}', "7"]
+    assert len(problems) == 3  # two have none
+    assert problems["q0"].verify("", golds[0]) and not problems["q2"].verify("", "7")
+
+
+def test_chats_that_end_with_the_assistants_turn_are_counted(tmp_path, capsys):
+    rows = [{"messages": CHAT[: 3 + i % 2] + [], "answer": i} for i in range(4)]
+    for i, row in enumerate(rows):
+        row["messages"] = [{"role": "user", "content": str(i)}, *row["messages"]]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    nsr.read_problems(str(tmp_path / "a.jsonl"))
+    assert "2 chats end with the assistant's turn" in capsys.readouterr().out
 
 
 def test_files_of_other_formats(tmp_path, monkeypatch):
@@ -429,7 +453,7 @@ def test_rows_that_are_left_out_are_counted(tmp_path, capsys):
     assert [p.answer for p in problems] == ["1", "3", "3"]
     out = capsys.readouterr().out
     assert "left out 2 rows without an answer" in out
-    assert "2 that repeat a question, 1 of them with another answer" in out
+    assert "2 rows that repeat a question, 1 of them with another answer" in out
 
 
 def test_gold_answers_that_the_verifier_cannot_read_are_counted(capsys):
@@ -2023,6 +2047,7 @@ def test_eval_stopped_by_ctrl_c_prints_what_is_complete(evaluation, base, monkey
         (["--rescore", "good.jsonl", "-k", "2"], "Pass@2"),
         (["POLICY", "--data", "empty.jsonl"], "empty"),
         (["POLICY", "--top-p", "1.5"], "--top-p 1.5"),
+        (["POLICY", "--answer-pattern", "x"], "put the answer's part in ( )"),
     ],
 )
 def test_eval_refuses_bad_input_in_one_line(evaluation, base, tmp_path, flags, said):
@@ -2093,8 +2118,10 @@ def test_rescoring_keeps_to_the_verifier_of_the_rows(evaluation, base):
     flags = base, "--data", data, "-n", 1, "--problems", 2, "--verifier", "mine.py:right"
     assert evaluation(*flags, "--max-new-tokens", 9)[0] == 0
     (file,) = Path("out/eval").glob("*.jsonl")
-    status, out, _ = evaluation("--rescore", file)
+    status, out, _ = evaluation("--rescore", file, "--verifier", "mine.py:right")
     assert status == 0 and "2 responses, 0 verdicts changed" in out
+    status, _, err = evaluation("--rescore", file)  # a file does not say what is executed
+    assert status == 2 and "--verifier mine.py:right" in err and len(err.splitlines()) == 1
 
 
 def test_eval_of_fewer_problems_shows_fewer(evaluation, base):
@@ -2381,7 +2408,10 @@ def test_an_answer_pattern_takes_the_place_of_the_box(cli, base):
     "body, said",
     [
         ("return response.startswith('\\\\boxed{(')", ""),
-        ("return 1 / 0", "raised ZeroDivisionError: division by zero, for the response '"),
+        (
+            "return 1 / 0",
+            "raised ZeroDivisionError in line 4: division by zero, for the response '",
+        ),
         ("return None", "returned None, neither True nor False"),
         ("return 0.5", "returned 0.5"),
     ],
@@ -2443,6 +2473,8 @@ def test_some_checkpoints_are_kept_and_a_run_is_known_by_each(cli, base):
         "step-00006",
         "step-00008",
     ]
+    status, _, err = cli("--resume=out/run/step-00006", "--steps=10")
+    assert status == 2 and "--resume out/run" in err and len(err.splitlines()) == 1
     assert cli("--resume=out/run/step-00008", "--steps=10", "--keep=1")[0] == 0
     assert [p.name for p in nsr.checkpoints(Path("out/run"))] == ["step-00010"]
 
@@ -2451,7 +2483,8 @@ def test_tensorboard_gets_each_metric(cli, base, monkeypatch):
     written = []
 
     class SummaryWriter:
-        def __init__(self, path):
+        def __init__(self, path, purge_step):
+            assert purge_step == 0
             written.append(path)
 
         def add_scalar(self, *scalar):
@@ -2499,12 +2532,13 @@ def test_a_run_that_ends_before_its_first_step_leaves_nothing(cli, base, monkeyp
     assert cli(*flags)[0] == 0
 
 
-def test_a_collapse_is_said_and_the_last_sound_checkpoint_kept(cli, base, monkeypatch):
+@pytest.mark.parametrize("step", [5, 6])  # in the update before a checkpoint, too
+def test_a_collapse_is_said_and_the_last_sound_checkpoint_kept(cli, base, monkeypatch, step):
     weigh = nsr.weigh
 
     def destroy(cfg, responses, lam, beta):
         weigh(cfg, responses, lam, beta)
-        if destroy.run.step == 4:
+        if destroy.run.step == step - 1:
             torch.nn.init.zeros_(destroy.run.model.lm_head.weight)
 
     def train(run, body=nsr.train):
@@ -2513,14 +2547,16 @@ def test_a_collapse_is_said_and_the_last_sound_checkpoint_kept(cli, base, monkey
 
     monkeypatch.setattr(nsr, "weigh", destroy)
     monkeypatch.setattr(nsr, "train", train)
-    _, out, _ = cli(*short(base, steps=10, method="psr", name="run", max_new_tokens=40, prompts=16))
+    flags = dict(steps=10, method="psr", name="run", max_new_tokens=40, prompts=16)
+    _, out, _ = cli(*short(base, **flags))
     assert out.count("the policy has collapsed: 0.0% correct, entropy") == 1
+    assert "with --model out/run/step-00004" in out
     assert "are cut at --max-new-tokens" not in out
     kept = [path.name for path in nsr.checkpoints(Path("out/run"))]
     assert kept == ["step-00004", "step-00010"]
     run = a_run(destroy.run.model, prompts=16, group_size=4)
     run.path = Path("out/run")
-    assert nsr.collapsed_steps(run) == {6, 7, 8, 9, 10}
+    assert nsr.collapsed_steps(run) == {*range(step + 1, 11)}
 
 
 def test_a_run_hands_its_preset_and_system_message_on(cli, base):
