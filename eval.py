@@ -101,8 +101,14 @@ def sample_models(args):
     runs = {}  # {set: Config of the first run that held it out}
     for name in args.models:
         cfg = run_config(name, args)
-        if cfg:
-            runs.setdefault(cfg.eval_data or cfg.data, cfg)
+        if not cfg:
+            continue
+        first = runs.setdefault(cfg.eval_data or cfg.data, cfg)
+        if cfg.verifier != first.verifier:
+            raise UserError(
+                f"{name} has another --verifier ({cfg.verifier or 'ours'}) than the models before "
+                f"it ({first.verifier or 'ours'}): give one for all"
+            )
     sets = {}  # {name: (problems, Config or None)}, all before the first is sampled
     for name in args.data or runs or ["math-test", "aime2025", "amc23"]:
         name, problems, cfg = problem_set(name, runs, args)

@@ -662,7 +662,9 @@ def parse_problem(row, question_key="", answer_key="", as_is=False):
         problem.question = json.dumps(problem.messages, ensure_ascii=False)
     elif not isinstance(question, str) or not question.strip():
         keys = ", ".join(map(str, row))
-        raise ValueError(f"no question in {', '.join(names)}; the row has {keys}")
+        raise ValueError(
+            f"no question in {', '.join(names)}; the row has {keys}: --question-key says which"
+        )
     answer = first_of(row, (answer_key,) if answer_key else ANSWER_KEYS)
     if answer is None and not answer_key:
         solution = row.get("solution") or ""
@@ -820,7 +822,7 @@ def load_verifier(name):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         body = getattr(module, function)
-    except Exception as e:  # it is a program of the user's
+    except (Exception, SystemExit) as e:  # it is a program of the user's
         raise UserError(f"--verifier {name}: {first_line(e)}; give FILE.py:FUNCTION")
 
     def checked(response, answer, pattern=""):
@@ -829,7 +831,7 @@ def load_verifier(name):
             verdict = body(response, answer)
             if verdict not in (True, False):
                 wrong = f"returned {verdict!r}, neither True nor False"
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             line = traceback.extract_tb(e.__traceback__)[-1].lineno
             wrong = f"raised {type(e).__name__} in line {line}: {first_line(e)}"
         if wrong:
@@ -1073,7 +1075,12 @@ def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=
             model = kind.from_config(config, dtype=torch.float32)
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            model = kind.from_pretrained(path, dtype=torch.float32, **options)
+            model, found = kind.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True, **options
+            )
+            missing = sorted(found["missing_keys"])  # they would be random; of a critic its head is
+            if missing and kind is transformers.AutoModelForCausalLM:
+                raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
     except Exception as e:  # as in check_model()
         raise no_model(path, e)
     frozen = not any(p.requires_grad for p in model.parameters())
@@ -1189,6 +1196,9 @@ def encode_prompts(problems, model, tokenizer, cfg):
             f"left out: {len(problems) - len(kept)} of {len(problems)} problems, with prompts of "
             f"more than {cfg.max_prompt_tokens} tokens"
         )
+    repeated = len(kept) - len({tuple(p.prompt_ids) for p in kept})
+    if repeated:
+        say(f"{repeated} of {len(kept)} problems have the prompt of another: does it hold them?")
     longest = max(len(p.prompt_ids) for p in kept)
     if longest + cfg.max_new_tokens > limit:
         raise UserError(
@@ -2337,6 +2347,8 @@ def main():
     except BaseException:
         if run.step == 0 and "resume" not in given:  # the same command may be given again
             shutil.rmtree(run.path, ignore_errors=True)
+        else:
+            say(f"an error after step {run.step}; --resume {run.path} goes on from what was saved")
         raise
     if WORLD_SIZE > 1:  # else a rank that ends while another still listens is aborted
         torch.distributed.barrier()

@@ -2413,6 +2413,7 @@ def test_an_answer_pattern_takes_the_place_of_the_box(cli, base):
             "raised ZeroDivisionError in line 4: division by zero, for the response '",
         ),
         ("return None", "returned None, neither True nor False"),
+        ("raise SystemExit(0)", "raised SystemExit in line 4"),
         ("return 0.5", "returned 0.5"),
     ],
 )
@@ -2431,13 +2432,63 @@ def test_a_verifier_of_ones_own(cli, base, body, said):
             assert row["correct"] == row["response"].startswith("\\boxed{(")
 
 
-def test_a_model_of_which_nothing_learns_is_refused(tokenizer, base, monkeypatch):
+def test_models_checked_by_two_verifiers_are_refused(cli, evaluation, base):
+    data = own_data("data.jsonl")
+    Path("mine.py").write_text("def right(response, answer):\n    return True\n")
+    assert cli(*short(base, steps=1, data=data, name="ours"))[0] == 0
+    assert cli(*short(base, steps=1, data=data, verifier="mine.py:right", name="mine"))[0] == 0
+    for pair in (("out/ours", "out/mine"), ("out/mine", "out/ours")):
+        status, _, err = evaluation(*pair, "-n", 1)
+        assert status == 2 and "another --verifier" in err and len(err.splitlines()) == 1
+        status, out, _ = evaluation(*pair, "-n", 1, "--verifier", "mine.py:right", "-k", 1)
+        assert status == 0 and out.count("1.000") >= 2
+
+
+def test_missing_weights_are_refused(base, tmp_path):
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(nsr.UserError, match="lack 1 weights, such as model.layers.1.mlp.up_proj"):
+        nsr.load_model(model, "cpu")
+
+
+def test_equal_prompts_are_counted(capsys):
+    problems = [nsr.parse_problem({"problem": f"q{i}", "answer": "1"}) for i in range(4)]
+    nsr.encode_prompts(problems, Qwen, words("{{ 'always this' }}"), nsr.Config())
+    assert "3 of 4 problems have the prompt of another" in capsys.readouterr().out
+    nsr.encode_prompts(problems, Qwen, words(R1), nsr.Config())
+    assert capsys.readouterr().out == ""
+
+
+def test_an_error_in_mid_run_says_how_to_go_on(cli, base):
+    Path("late.py").write_text(
+        "calls = []\n\ndef right(response, answer):\n    calls.append(1)\n"
+        "    assert len(calls) < 40\n    return True\n"
+    )
+    status, out, err = cli(
+        *short(base, data=own_data("data.jsonl"), verifier="late.py:right", name="run")
+    )
+    assert status == 2 and "AssertionError in line 5" in err and len(err.splitlines()) == 1
+    assert "--resume out/run goes on from what was saved" in out and Path("out/run").is_dir()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_model_of_which_nothing_learns_is_refused(base, monkeypatch, quantized):
     kind = transformers.AutoModelForCausalLM
     load = kind.from_pretrained
-    monkeypatch.setattr(
-        kind, "from_pretrained", lambda *a, **k: load(*a, **k).requires_grad_(False)
-    )
-    with pytest.raises(nsr.UserError, match="no weights to train"):
+
+    def changed(*args, **options):
+        model, info = load(*args, **options)
+        if quantized:
+            model.config.quantization_config = {"quant_method": "some"}
+            return model, info
+        return model.requires_grad_(False), info
+
+    monkeypatch.setattr(kind, "from_pretrained", changed)
+    with pytest.raises(nsr.UserError, match="quantized or frozen"):
         nsr.load_model(base, "cpu")
 
 
