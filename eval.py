@@ -544,7 +544,7 @@ def picture(panels, name):
         axis.grid(alpha=0.3)
     figure.legend(lines.values(), lines, loc="outside right upper", ncols=1 + len(lines) // 16)
     for kind in ("png", "svg"):
-        figure.savefig(f"{name}.{kind}", dpi=200)
+        figure.savefig(f"{name}.{kind}", dpi=150)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2695,7 +2695,8 @@ def test_two_processes_on_one_run_are_refused(cli, base):
         (["--verifier=verifier.py:f"], "--verifier verifier.py:f"),
         (["--model=Qwen/Qwen2.5-Mth-1.5B", "--data=math-train"], "Qwen2.5-Mth"),
         (["--model=adapter"], "merge it into its base model"),
-        (["--data=list.jsonl"], "list.jsonl, line 1: not a JSON object"),
+        (["--data=list.jsonl"], "list.jsonl, line 2: not a JSON object"),
+        (["--data=array.json"], "array.json, row 1: not a JSON object"),
         (["--data=binary.jsonl"], "binary.jsonl"),
         (["--data=empty.jsonl"], "holds no problems"),
         (["--data=few.jsonl", "--prompts=64"], "few.jsonl"),
@@ -2718,7 +2719,8 @@ def test_bad_input_is_one_line_and_status_2(cli, base, tmp_path, flags, said):
     good = json.dumps({"problem": "1 2 3 4 = 9", "answer": "9"}) + "\n"
     (tmp_path / "bad.jsonl").write_text(good + "{\n")
     (tmp_path / "half.jsonl").write_text('{"problem": "p"}\n')
-    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "list.jsonl").write_text(good + "[1]\n")
+    (tmp_path / "array.json").write_text("[1]\n")
     (tmp_path / "half_character.jsonl").write_text('{"problem": "\\ud800", "answer": 1}\n')
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty.jsonl").write_text("\n\n")
