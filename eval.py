@@ -12,6 +12,7 @@ what is there is not sampled again. Rows have the fields of the NSR authors' fil
 
 import csv
 import hashlib
+import itertools
 import re
 import sys
 import time
@@ -35,7 +36,6 @@ PROMPT_FLAGS = (
 )
 # Student's t at 97.5% by degrees of freedom; from 10 on it is 1.96 + 2.5 / n, to within 1%
 STUDENT_T = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-FULL, FAINT = 1.0, 0.3  # how a curve is drawn
 COLORS = "#000000 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9".split()  # of Okabe and Ito
 
 
@@ -60,8 +60,8 @@ def parse_flags():
         "--log",
         nargs="+",
         metavar="X:Y",
-        help="sample none; draw Y against X along the training of each model (out/NAME), keys of "
-        "its metrics.jsonl or Pass@1, ...; a table of last Y",
+        help="sample none; draw Y or Y,Z,... against X along the training of each model "
+        "(out/NAME), keys of its metrics.jsonl; a table of last Y",
     )
     flag("--at", nargs="+", type=float, help="with --log X:Y: Y where X is first AT")
     flag("--out", default="out/eval", help="directory where responses are kept [out/eval]")
@@ -389,8 +389,7 @@ def report(found, args):
         ks = [int(name.removeprefix("Pass@")) for name in table.measures if "Pass@" in name]
         curves = []
         for label, numbers in zip(table.models, table.numbers):
-            for scores, strength in zip(numbers[: len(ks)].T, (FULL, FAINT, FAINT)):
-                curves.append((label, np.column_stack([ks, scores]), strength))
+            curves.append((label, np.column_stack([ks, numbers[: len(ks), 0]])))
         axis = {
             "xscale": "log",
             "xticks": ks,
@@ -515,36 +514,37 @@ def publish(tables, panels, args):
 
 
 def picture(panels, name):
-    """Draw panels side by side as NAME.png and NAME.svg, with one legend.
+    """Draw panels side by side as NAME.png and NAME.svg.
 
-    A panel is (settings of its axis, curves), a curve (label, points, strength): points (points,
-    columns) are x and then y, of which there may be several; strength is FULL or FAINT.
+    A panel is (settings of its axis, curves), a curve (label, points (points, 2): x and y).
     """
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(5.5 * len(panels) + 2, 4.2), layout="constrained")
-    lines = {}  # the first of each label
+    figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (settings, curves) in zip(axes, panels):
-        for label, points, strength in curves:
-            turn, place = divmod([*lines, label].index(label), len(COLORS))
-            line, *_ = axis.plot(
-                points[:, 0],
-                points[:, 1:],
-                color=COLORS[place],
-                linestyle=("-", "--", "-.", ":")[turn % 4],
-                linewidth=1.6 * strength,
-                marker=".",
-                markersize=6 * strength,
-                alpha=strength,
-            )
-            lines.setdefault(label, line)
+        for i, (label, points) in enumerate(curves):
+            turn, place = divmod(i, len(COLORS))
+            style = ("-", "--", "-.", ":")[turn % 4]
+            axis.plot(*points.T, style, color=COLORS[place], marker=".", label=label)
         axis.set(**settings)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    figure.legend(lines.values(), lines, loc="outside right upper", ncols=1 + len(lines) // 16)
+        axis.spines[["top", "right"]].set_visible(False)
+        label_ends(axis)
     for kind in ("png", "svg"):
         figure.savefig(f"{name}.{kind}", dpi=150)
+
+
+def label_ends(axis):
+    """Write each curve's label beside its last point, the labels one above the other."""
+    low, high = axis.get_ylim()
+    free = low
+    for line in sorted(axis.lines, key=lambda line: line.get_ydata()[-1]):
+        x, y = line.get_xydata()[-1]
+        height = max(y, free)
+        axis.text(x, height, f"  {line.get_label()}", color=line.get_color(), va="center")
+        free = height + (high - low) / 20
 
 
 # --------------------------------------------------------------------------------------------------
@@ -557,19 +557,16 @@ def report_log(args):
     for run in args.models:
         runs.setdefault(label_of(run, args), []).append(run)
     for pair in args.log:
-        x, _, y = pair.partition(":")
+        x, _, keys = pair.partition(":")
         curves = []
-        for label, names in runs.items():
+        for y, (label, names) in itertools.product(keys.split(","), runs.items()):
             seeds = read_seeds(names, x, y)
-            curves.append((label, seeds.mean(0), FULL))
-            curves += [(label, points, FAINT) for points in seeds]
+            curves.append((f"{label}, {y}" if "," in keys else label, seeds.mean(0)))
             for at in args.at or [None]:
-                name = y if at is None else f"{y} at {x} {at:g}"
-                ends = np.transpose([reached(points, at) for points in seeds])[1:]
-                for j, values in enumerate(ends):
-                    column = f"{name}[{j}]" if len(ends) > 1 else name
-                    columns.setdefault(column, []).append(values)
-        panels.append(({"xlabel": x, "ylabel": y}, curves))
+                column = y if at is None else f"{y} at {x} {at:g}"
+                values = np.array([reached(points, at)[1] for points in seeds])
+                columns.setdefault(column, []).append(values)
+        panels.append(({"xlabel": x, "ylabel": keys}, curves))
     if any(len(values) > len(runs) for values in columns.values()):
         raise UserError("--log: two X:Y with one Y, whose value the table has once; ask twice")
     caption = "Last values"
@@ -585,10 +582,7 @@ def report_log(args):
 
 
 def read_seeds(runs, x, y):
-    """(seeds, steps, columns) float64: X, and Y, which may have several columns.
-
-    Of the steps that all runs have. Raises UserError.
-    """
+    """(seeds, steps, 2) float64: X and Y at the steps that all runs have. Raises UserError."""
     found = [read_points(run, x, y) for run in runs]
     steps = sorted(set.intersection(*map(set, found)))
     if not steps:
@@ -597,26 +591,24 @@ def read_seeds(runs, x, y):
 
 
 def read_points(run, x, y):
-    """{step: (columns,) float64} of X and Y in a run's metrics.jsonl. Raises UserError."""
+    """{step: (X, Y)} of a run's metrics.jsonl. Raises UserError."""
     log = Path(run, "metrics.jsonl")
     rows = nsr.read_log(log)
     keys = {}
     for row in rows:
         keys |= row
-    found = [row for row in rows if np.isscalar(row.get(x)) and row.get(y) is not None]
+    found = [row for row in rows if None not in (row.get(x), row.get(y))]
     if not found:
         raise UserError(
-            f"--log X:Y: no line of {log} has both {x} and {y}, X a number; the keys there are "
+            f"--log X:Y: no line of {log} has both {x} and {y}; the keys there are "
             f"{', '.join(keys) or 'none: is it the directory of a run?'}"
         )
     found = [row for row in found if "steps" in row] or found  # of a key of both, training's
-    return {row["step"]: np.append(row[x], row[y]) for row in found}
+    return {row["step"]: (row[x], row[y]) for row in found}
 
 
 def reached(points, x):
-    """The point (columns,) where the first column is first x, linear between points; else nan.
-
-    x None: the last point.
+    """Where in points (steps, 2) X is first x, linear between them; else nan. None: the last.
 
     >>> reached(np.array([[0.0, 10], [2, 30], [1, 50]]), 1.5)
     array([ 1.5, 25. ])

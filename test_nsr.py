@@ -2218,7 +2218,7 @@ def write_runs():
                         "steps": 4,
                         "length": 10 * step,
                         "update_s": 2.0,
-                        "spread": None if step == 2 else [step, step + 1, step + 2],
+                        "beta": None if step == 2 else step + 1,
                     }
                 )
             if step % 2 == 0:
@@ -2237,7 +2237,7 @@ def write_runs():
 
 def test_eval_log_by_hand(evaluation):
     runs = write_runs()
-    flags = *runs, "--log", "Pass@1:Pass@4", "step:length", "step:spread", "distinct:update_s"
+    flags = *runs, "--log", "Pass@1:Pass@4", "step:length,beta", "distinct:update_s"
     assert evaluation(*flags)[0] == 2  # no line has both
     status, out, err = evaluation(*flags[:-1], "--save", "t")
     assert (status, err) == (0, "") and {p.suffix for p in Path().glob("t.*")} == {
@@ -2247,12 +2247,14 @@ def test_eval_log_by_hand(evaluation):
         ".svg",
     }
     assert evaluation(*runs, "--log", "step:length", "distinct:length")[0] == 2  # one Y twice
-    assert "| out/b-s0 |   .300 | 40.000 |     4.000 |     5.000 |     6.000 |" in out
+    assert "| out/b-s0 |   .300 | 40.000 | 5.000 |" in out
+    drawn = Path("t.svg").read_text()
+    assert all(f"<!--   {label} -->" in drawn for label in ("out/a-s1", "out/a-s1, beta"))
     assert saved("t")["out/a-s1", "Pass@4"][0] == 0.6
     evaluation(*flags[:-1], "--save", "t", "--group")
     value, low, high = saved("t")["a", "Pass@4"]  # two seeds that agree
     assert value == low == high == pytest.approx(0.6)
-    assert saved("t")["b", "spread[2]"][0] == 6
+    assert saved("t")["b", "beta"][0] == 5
 
 
 def test_eval_log_at_equal_x_by_hand(evaluation):
@@ -2278,7 +2280,7 @@ def test_eval_log_at_equal_x_by_hand(evaluation):
         (["--log", "step:length"], "give models"),
         (["out/a-s0", "--at", "1"], "--log X:Y"),
         (["out/a-s0", "--log", "step:lenth"], "distinct, Pass@1, Pass@4, steps"),
-        (["out/a-s0", "--log", "spread:length"], "X a number"),
+        (["out/a-s0", "--log", "step:length,lenth"], "both step and lenth"),
         (["out/a-s0", "--log", "step"], "X:Y"),
         (["out/a-s0", "--log", "step:"], "X:Y"),
         (["out/none", "--log", "step:length"], "directory of a run"),
