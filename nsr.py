@@ -2675,6 +2675,8 @@ def _read(text):
 #   factor    sign* atom '°'? '!'? ('^' factor)? unit*
 #   atom      number | symbol | words | bracket | frac binom √ | function
 
+# no such grammar, too deep, no value, no number
+_FAILURES = ArithmeticError, LookupError, RecursionError, TypeError, ValueError
 _LEVELS = [{*signs} for signs in (",∧∨", "⏎", "&", "=<>≤≥≠≈", "∪∩∖", ":÷∁", "+-", "*/")]
 _LISTS, _RELATIONS = _LEVELS[0], _LEVELS[3]  # of the levels the loosest is first
 _OPEN, _CLOSE = {*"([{⦃⟦⌊⌈|"}, {*")]}⦄⟧⌋⌉¦"}
@@ -2788,33 +2790,28 @@ def _items(tree):
 
 @lru_cache(4096)
 def _parse(tokens):
-    """Tree of a tuple of tokens, or None; 1 ± 2 is the list 1 + 2, 1 - 2."""
+    """Tree of a tuple of tokens; 1 ± 2 is the list 1 + 2, 1 - 2. Raises one of _FAILURES."""
     if "±" in tokens or "∓" in tokens:
         plus = _parse(tuple({"±": "+", "∓": "-"}.get(t, t) for t in tokens))
         minus = _parse(tuple({"±": "-", "∓": "+"}.get(t, t) for t in tokens))
-        if plus is None or minus is None:
-            return None
         kind = plus[0] if _is_list(plus) else ","
         return kind, *dict.fromkeys(_items(plus) + _items(minus))
     stack = ["$", *tokens[::-1]]
-    try:
-        tree = _chain(stack)
-    except (IndexError, RecursionError, ValueError):  # unbalanced, or no such grammar
-        return None
-    return tree if stack == ["$"] else None
+    tree = _chain(stack)
+    if stack != ["$"]:
+        raise ValueError("unbalanced")
+    return tree
 
 
 def parse_answer(text):
     """Return the tree of an answer (str), nested tuples, or None if the grammar lacks it."""
-    if not isinstance(text, str) or len(text) > MAX_CHARS:
-        return None
-    return _parse(_read(text))
+    if isinstance(text, str) and len(text) <= MAX_CHARS:
+        with contextlib.suppress(*_FAILURES):
+            return _parse(_read(text))
+    return None
 
 
 # ---- compare: expressions by their values, exact (int, Fraction) while they can be, else not
-
-_NO_VALUE = ArithmeticError, LookupError, TypeError, ValueError
-
 
 def _bits(x):
     """How long an exact number is; 0 if it is a float or complex."""
@@ -2889,7 +2886,7 @@ _CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "∞": math.inf}
 
 @lru_cache(4096)
 def _value(tree, at=None):
-    """Value of a tree where a symbol has the value at(name). Raises one of _NO_VALUE if none."""
+    """Value of a tree where a symbol has the value at(name). Raises one of _FAILURES if none."""
     what, *parts = tree
     if what == "num":
         return parts[0]
@@ -2959,10 +2956,10 @@ def _equal(a, b):
         try:
             x, y = _value(a, at), _value(b, at)
         except OverflowError:  # 10^{10^{10}}
-            with contextlib.suppress(*_NO_VALUE):
+            with contextlib.suppress(*_FAILURES):
                 return _residue(a) == _residue(b)
             continue
-        except _NO_VALUE:
+        except _FAILURES:
             continue
         if k == 1 and (x.imag or y.imag):
             break  # sqrt(x^3) is x sqrt(x), if not where x is negative
@@ -3047,7 +3044,7 @@ def _proportional(a, b):
     if len(a[0] + b[0]) > 2 or "≈" in a[0] + b[0] or not _names(a):
         return False
     quotient = "/", ("-", *a[1:]), ("-", *b[1:])
-    with contextlib.suppress(*_NO_VALUE):
+    with contextlib.suppress(*_FAILURES):
         ratio = _value(quotient, _POINTS[2])
         relation = a[0].translate(_FLIP) if ratio.real < 0 else a[0]
         return relation == b[0] and _equal(quotient, ("num", ratio))
@@ -3173,26 +3170,23 @@ def verify(response, gold, pattern=""):
     (True, False)
     """
     answer = extract_answer(response, pattern)
-    if isinstance(gold, (int, float)):
-        gold = str(gold) if abs(gold) < 10**MAX_CHARS else ""
-    if answer is None or not isinstance(gold, str):
+    if answer is None or not isinstance(gold, (str, int, float)):
         return False
-    if max(len(answer), len(gold)) > MAX_CHARS:
-        return answer == gold
-    chosen, choice = _CHOICE.match(answer), _CHOICE.match(gold)
-    if chosen and choice:
-        return chosen[1] == choice[1]
-    a, b = _read(answer), _read(gold)
-    if a == b:
-        return a != ()
-    ours, others = _UNITS.intersection(a), _UNITS.intersection(b)
-    if ours - others and others - ours:  # 15 cm^2 is 15, but neither 15 m^2 nor 15 cm^3
-        return False
-    a, b = _parse(a), _parse(b)
-    try:
-        return None not in (a, b) and _same(a, b)
-    except (*_NO_VALUE, RecursionError):  # no number, too large, 1/0
-        return False
+    with contextlib.suppress(*_FAILURES):
+        gold = str(gold)
+        if max(len(answer), len(gold)) > MAX_CHARS:
+            return answer == gold
+        chosen, choice = _CHOICE.match(answer), _CHOICE.match(gold)
+        if chosen and choice:
+            return chosen[1] == choice[1]
+        a, b = _read(answer), _read(gold)
+        if a == b:
+            return a != ()
+        ours, others = _UNITS.intersection(a), _UNITS.intersection(b)
+        if ours - others and others - ours:  # 15 cm^2 is 15, but neither 15 m^2 nor 15 cm^3
+            return False
+        return _same(_parse(a), _parse(b))
+    return False
 
 
 # signs stand between two operands: not +3, 3**4 or (3)(4)
@@ -3211,10 +3205,9 @@ def verify_countdown(response, gold, pattern=""):
     text = extract_answer(response, pattern) or ""
     if sorted(re.findall(r"\d+", text)) != sorted(numbers.split()) or not _SUM.fullmatch(text):
         return False
-    try:
+    with contextlib.suppress(*_FAILURES):
         return _value(_parse(tuple(_tokens(text)))) == int(target)
-    except _NO_VALUE:  # unbalanced
-        return False
+    return False
 
 
 if __name__ == "__main__":
