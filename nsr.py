@@ -2378,7 +2378,8 @@ def main():
 MAX_CHARS = 500  # of an answer
 MAX_SCAN = 50_000  # characters before and after the last box that are looked at
 MAX_ITEMS = 32  # of a list whose items are compared each with each
-MAX_BITS = 1 << 13  # of an exact number
+MAX_BITS = 1 << 15  # of an exact number
+_PRIME = 2**127 - 1
 _BOX = re.compile(
     r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([+-]?\d+(?:\.\d+)?|[A-Za-z]))"
     r"|(?:\\\\)+|\\[{}]|[{}]"
@@ -2855,7 +2856,6 @@ _OPS = {
     "/": _over,
     ":": _over,
     "÷": _over,
-    "^": _power,
     "∁": _choose,
 }
 _FUNCTIONS = {
@@ -2885,37 +2885,32 @@ _CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "∞": math.inf}
 
 
 @lru_cache(4096)
-def _value(tree, at=None):
+def _value(tree, at=None, power=_power):
     """Value of a tree where a symbol has the value at(name). Raises one of _FAILURES if none."""
     what, *parts = tree
     if what == "num":
         return parts[0]
     if what == "sym":
         return _CONSTANTS.get(parts[0]) or at(parts[0])
-    values = [_value(part, at) for part in parts]
+    total, *others = values = [_value(part, at, power) for part in parts]
     if what in _FUNCTIONS:
         return _FUNCTIONS[what](*values)
-    total = values[0]
-    for op, x in zip(what, values[1:]):
-        total = _OPS[op](total, x)
+    for op, x in zip(what, others):
+        total = power(total, x) if op == "^" else _OPS[op](total, x)
         if _bits(total) > MAX_BITS:
             raise OverflowError("too many digits")
     return total
 
 
-def _residue(tree):
-    """Value modulo a prime of a tree without symbols, for numbers of too many digits."""
-    prime = 2**127 - 1
-    what, *parts = tree
-    if what == "^":
-        power = operator.index(_value(parts[1])) % (prime - 1)  # Fermat's little theorem
-        return pow(_residue(parts[0]), power, prime)
-    if what[0] not in "+-*/":
-        return operator.index(_value(tree)) % prime
-    total, *others = map(_residue, parts)
-    for op, x in zip(what, others):
-        total = total * pow(x, -1, prime) if op == "/" else _OPS[op](total, x)
-    return total % prime
+def _residue(x):
+    """A number modulo a prime."""
+    n, d = Fraction(x).as_integer_ratio()
+    return n * pow(d, -1, _PRIME) % _PRIME
+
+
+def _residue_power(x, y):
+    """x^y modulo a prime, for numbers of too many digits; y is a whole number."""
+    return pow(_residue(x), y, _PRIME)
 
 
 def _names(tree):
@@ -2957,7 +2952,8 @@ def _equal(a, b):
             x, y = _value(a, at), _value(b, at)
         except OverflowError:  # 10^{10^{10}}
             with contextlib.suppress(*_FAILURES):
-                return _residue(a) == _residue(b)
+                x, y = (_residue(_value(tree, at, _residue_power)) for tree in (a, b))
+                return x == y
             continue
         except _FAILURES:
             continue
