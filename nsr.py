@@ -2996,8 +2996,9 @@ def _member(tree, x):
     if what == "⦃⦄":
         return any(_close(value, x) for value in values)
     if what in _INTERVALS:
+        lower, upper = values
         what = _INTERVALS[what]
-        values.insert(1, x)
+        values = [lower, x, upper]
     return all(map(_holds, what, values, values[1:]))
 
 
@@ -3006,7 +3007,7 @@ def _bounds(tree):
     what, *parts = tree
     if what == "sym" and parts[0] not in _CONSTANTS:
         return []
-    if what[0] in _JOINS or what[0] in _RELATIONS or what in (*_INTERVALS, "⦃⦄"):
+    if what[0] in "∪∩∖∨∧,=<>≤≥≠([⦃":
         return sum(map(_bounds, parts), [])
     return [_value(tree).real]
 
@@ -3067,16 +3068,14 @@ def _unlabel(tree):
     label = None
     if _is_label(sides[0]):
         label = sides.pop(0)
-        what = what[1:]
     elif _is_label(sides[-1]):
         label = sides.pop()
     elif _names(tree):
         return None, tree
     if label and "(" in label[1]:
         label = "sym", "y"  # f(x) = x^2 is y = x^2
-    for relation, x, y in zip(what, sides, sides[1:]):
-        same = _near(_value(x), _value(y)) if relation == "≈" else _same(x, y)
-        if not same:
+    for x, y in zip(sides, sides[1:]):
+        if not _same(x, y) and not ("≈" in what and _near(_value(x), _value(y))):
             return label, tree
     return label, sides[0]
 
@@ -3085,12 +3084,12 @@ def _solutions(items, label):
     """Of x = 1, y = 2, x = 3, y = 4 the points (x, y) = (1, 2), (3, 4); of others themselves."""
     equations = items[0][1:] if items[0][0] == "()" else items
     if all(item[0] == "=" and _is_label(item[1]) for item in equations):
-        names = sorted({name for _, name, _ in equations}, key=str)
+        size = len({name for _, name, _ in equations})
         items = []
-        for start in range(0, len(equations), len(names)):
-            point = sorted(equations[start : start + len(names)], key=str)
-            labels, values = zip(*(equation[1:] for equation in point))
-            items.append(("=", ("()", *labels), ("()", *values)))
+        for start in range(0, len(equations), size):
+            point = sorted(equations[start : start + size], key=str)
+            _, names, values = zip(*point)
+            items.append(("=", ("()", *names), ("()", *values)))
     elif label:
         items = [("=", label, item) for item in items]
     return items
