@@ -2441,13 +2441,13 @@ def _repeated(m):
 _GAP = r"(?:\\[,!;:]|~|\s)*+"
 # fmt: off
 _REWRITES = {re.compile(pattern): new for pattern, new in {
-    # matrices: \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} is ⟦ 1 & 2 ⏎ 3 & 4 ⟧
-    r"(?:\\\\)+\s*+(?:\[[\w.\s]+\])?": "⏎",  # \\[2pt]
+    # a matrix is a tuple of rows: \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}, (1 & 2, 3 & 4)
+    r"(?<!\\)[,.;]\s*(?=\\\\|\\end)|(?:\\\\)+(?:\[[\w.\s]+\])?\s*(?=\\end)": "",  # 4 \\ \end
+    r"(?:\\\\)+\s*+(?:\[[\w.\s]+\])?": " , ",  # \\[2pt]
     r"\\left\s*\\\{(?=\s*\\begin)|\\right\s*\.": "",  # \left\{\begin{array}
     r"\\(?:left|right|middle|[bB]igg?[lr]?)(?![A-Za-z])": "",  # \left(
-    r"\\begin\s*\{(?!v)\w+\*?\}(?:\s*\{[clr|\s]*\})?": "⟦",  # \begin{array}{cc}; vmatrix is none
-    r"\\end\s*\{\w+\*?\}": "⟧",  # \end{array}
-    r"(?<!\\)[,.;]\s*(?=[⏎⟧])|⏎(?=\s*⟧)": "",  # 3 & 4 \\ \end{pmatrix}
+    r"\\begin\s*\{(?!v)\w+\*?\}(?:\s*\{[clr|\s]*\})?": "(",  # \begin{array}{cc}; vmatrix is none
+    r"\\end\s*\{\w+\*?\}": ")",  # \end{array}
     r"&\s*(?==)": "",  # x &= 3
     r"(?:(?<!\\),\s*)?&\s*(?:\\text\s*\{\s*(?:if|for)\s*\}\s*&?)?": "&",  # x, & \text{if} & x > 0
     # sets, and families of numbers
@@ -2466,7 +2466,7 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
      "",  # 1 000, 1{,}000, 1,\!000
     r"(?<![\d.,])([1-9]\d{0,2}),(\d{3})(?:,(\d{3}))?(?:,(\d{3}))?(?![\d,])"
      r"(?![^(\[⦃{]*[)\]⦄}])": r"\1\2\3\4",  # 1,000,000, but not (1,000)
-    r"\[\s*-?\s*(?:\\infty|∞)|(?:\\infty|∞)\s*\]": "⟦",  # [-\infty, 0) is no interval
+    r"\[\s*-?\s*(?:\\infty|∞)|(?:\\infty|∞)\s*\]": "?",  # [-\infty, 0) is no interval
     # words: \text{cm} becomes "cm" in quotes, and so do units that stand bare
     '"': "",  # 5"
     r"(?<=[a-z]{2})'s\b": "s",  # Newton's
@@ -2495,6 +2495,7 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
      r"(?:\{\s*(?P<a>\d+)\s*\}|(?P<a>\d))\s*(?:\{\s*(?P<b>[1-9]\d*)\s*\}|(?P<b>[1-9])(?!\d))"
      r"(?(2)\})|\s+(?P<a>\d+)/(?P<b>[1-9]\d*))": r"(\g<n>+\g<a>/\g<b>)",  # 3\frac18, 3 1/8
     r"\\[dtc]?(frac|binom)\s*(\d?)\s*(\d?)": r"\\\1 \2 \3 ",  # \dfrac12
+    r"\\?\b(sin|cos|tan)\s*\^\s*(?:\{\s*-\s*1\s*\}|-1)": r"\\arc\1 ",  # \tan^{-1} 2
     r"(\d+)°\s*(\d+)(?:'|\^\s*\{?\\prime\s*\}?)(?:\s*(\d+)(?:''|\^\s*\{?(?:\\prime\s*)+\}?))?":
      r"(\1+\2/60+0\3/3600)°",  # 63° 45' 12''
     r"\bC\((\d+),\s*(\d+)\)": r"\\binom{\1}{\2}",  # C(10, 3)
@@ -2534,7 +2535,7 @@ for _line in r"""
     / \div
     - − – —
     ^ **
-    , ;
+    , ; ∧ \land and
     < \lt
     > \gt
     ≤ \le \leq \leqslant <=
@@ -2553,7 +2554,6 @@ for _line in r"""
     ∪ \cup \bigcup union
     ∩ \cap
     ∖ \setminus \backslash
-    ∧ \land and
     ∨ \lor or
     ⦃ \{ \lbrace
     ⦄ \} \rbrace
@@ -2678,22 +2678,21 @@ def _read(text):
 
 # no such grammar, too deep, no value, no number
 _FAILURES = ArithmeticError, LookupError, RecursionError, TypeError, ValueError
-_LEVELS = [{*signs} for signs in (",∧∨", "⏎", "&", "=<>≤≥≠≈", "∪∩∖", ":÷∁", "+-", "*/")]
-_LISTS, _RELATIONS = _LEVELS[0], _LEVELS[3]  # of the levels the loosest is first
-_OPEN, _CLOSE = {*"([{⦃⟦⌊⌈|"}, {*")]}⦄⟧⌋⌉¦"}
+_LEVELS = [{*signs} for signs in ("*/", "+-", ":÷∁", "∪∩∖", "=<>≤≥≠≈", "&", ",∨")]
+_OPEN, _CLOSE = {*"([{⦃⌊⌈|"}, {*")]}⦄⌋⌉¦"}
 _ENDS = {"$", *_CLOSE}.union(*_LEVELS)  # what ends a factor
 _INTERVALS = {"()": "<<", "[]": "≤≤", "(]": "<≤", "[)": "≤<"}
 _FLIP = str.maketrans("<>≤≥", "><≥≤")
 
 
-def _chain(stack, loosest=0):
-    """Take operands and the operators between them, as loose as a level, off a stack of tokens."""
+def _chain(stack, levels=_LEVELS):
+    """Take operands and the operators between them off a stack of tokens."""
     tree = _factor(stack)
-    for level in range(len(_LEVELS) - 1, loosest - 1, -1):
+    for tighter, signs in enumerate(levels):
         ops, parts = "", [tree]
-        while stack[-1] in _LEVELS[level] or level == 7 and stack[-1] not in _ENDS:
+        while stack[-1] in signs or tighter == 0 and stack[-1] not in _ENDS:
             ops += stack.pop() if stack[-1] in _ENDS else "*"  # 2x is 2 * x
-            parts.append(_chain(stack, level + 1))
+            parts.append(_chain(stack, levels[:tighter]))
         if ops and {*ops} <= {">", "≥"}:  # b > a is a < b
             tree = ops[::-1].translate(_FLIP), *parts[::-1]
         elif ops:
@@ -2749,8 +2748,6 @@ def _function(name, stack):
     if stack[-1] == "^":
         stack.pop()
         power = _atom(stack)
-    if power == ("-", ("num", 0), ("num", 1)) and "arc" + name in _FUNCTIONS:
-        name, power = "arc" + name, None
     closed = stack[-1] == "("
     argument = _atom(stack) if closed else _factor(stack)
     while not closed and (stack[-1][0] == "sym" or stack[-1] in ("frac", "√")):
@@ -2770,19 +2767,17 @@ def _bracket(opening, stack):
     pair = opening + stack.pop()
     if pair in _FUNCTIONS:
         return pair, inside
-    if pair == "⟦⟧":  # a column is also written (1, 2)
-        return ("()", *parts) if what[0] == "⏎" and parts[0][0][0] != "&" else inside
     if what[0] == "," and pair in (*_INTERVALS, "⦃⦄", "{}"):
         return "⦃⦄" if pair == "{}" else pair, *parts
     if pair not in ("()", "{}", "[]", "⦃⦄"):
         raise ValueError("unbalanced")
-    if pair in ("()", "{}") or what[0] in "⏎&(<>≤≥≠=":
+    if pair in ("()", "{}") or what[0] in "&(<>≤≥≠=":
         return inside
     return pair, inside
 
 
 def _is_list(tree):
-    return tree[0][0] in (*_LISTS, "⦃")
+    return tree[0][0] in ",∨⦃"
 
 
 def _items(tree):
@@ -2967,13 +2962,13 @@ def _equal(a, b):
 
 # ---- compare: sets of reals by their members
 
-_JOINS = {"∪": any, "∨": any, "∩": all, "∧": all, ",": all, "∖": lambda x: x == [True, False]}
+_JOINS = {"∪": any, "∨": any, "∩": all, ",": all, "∖": lambda x: x == [True, False]}
 
 
 def _is_region(tree):
     """Whether a tree gives a set of reals by conditions or as a union."""
     what, *parts = tree
-    if what[0] in _LISTS:
+    if what[0] in ",∨":
         return any(map(_is_region, parts))
     return what[0] in "∪∩∖" or {*what} <= {*"<>≤≥≠"}
 
@@ -3007,7 +3002,7 @@ def _bounds(tree):
     what, *parts = tree
     if what == "sym" and parts[0] not in _CONSTANTS:
         return []
-    if what[0] in "∪∩∖∨∧,=<>≤≥≠([⦃":
+    if what[0] in "∪∩∖∨,=<>≤≥≠([⦃":
         return sum(map(_bounds, parts), [])
     return [_value(tree).real]
 
@@ -3035,7 +3030,7 @@ def _same_region(a, b):
 
 def _proportional(a, b):
     """Whether two equations or inequalities say one thing: their differences are proportional."""
-    if not {a[0], b[0]} <= _RELATIONS or not _names(a):
+    if not {a[0], b[0]} <= {*"=<>≤≥≠"} or not _names(a):
         return False
     quotient = "/", ("-", *a[1:]), ("-", *b[1:])
     with contextlib.suppress(*_FAILURES):
@@ -3096,8 +3091,10 @@ def _solutions(items, label):
 
 
 def _distribute(tree):
-    """A number times a matrix, as a matrix."""
-    if tree[0] == "*" and tree[2][0][0] in "(⏎&":
+    """A number times a matrix as a matrix, and 2:4:6 as the ratios 2:4 and 2:6."""
+    if tree[0][:2] == "::":
+        return "()", *((":", tree[1], part) for part in tree[2:])
+    if tree[0] == "*" and tree[2][0][0] in "(&":
         factor, matrix = tree[1:]
         return matrix[0], *(_distribute(("*", factor, entry)) for entry in matrix[1:])
     return tree
@@ -3135,11 +3132,8 @@ def _same(a, b):
         if "⦃" in a[0] + b[0]:  # an element twice is once
             items, others = {*items}, {*others}
         return _same_items(items, others)
-    kinds = {a[0][0], b[0][0]}
-    if ":" in kinds and kinds <= {":", "/"}:  # 2:4:6 is 1:2:3
-        ratios = zip(a[2:], b[2:])
-        return len(a) == len(b) and all(_same(("/", a[1], x), ("/", b[1], y)) for x, y in ratios)
-    if kinds.isdisjoint(":["):
+    kinds = {a[0], b[0]}
+    if kinds <= {":", "/"} or kinds.isdisjoint({":", "[]"}):  # 3:1 is no 3, and [3] neither
         verdict = _equal(a, b)
         if verdict is not None:
             return verdict
