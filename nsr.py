@@ -2681,6 +2681,7 @@ _FAILURES = ArithmeticError, LookupError, RecursionError, TypeError, ValueError
 _LEVELS = [{*signs} for signs in ("*/", "+-", ":÷∁", "∪∩∖", "=<>≤≥≠≈", "&", ",∨")]
 _OPEN, _CLOSE = {*"([{⦃⌊⌈|"}, {*")]}⦄⌋⌉¦"}
 _ENDS = {"$", *_CLOSE}.union(*_LEVELS)  # what ends a factor
+_RELATIONS = {*"=<>≤≥≠"}
 _INTERVALS = {"()": "<<", "[]": "≤≤", "(]": "<≤", "[)": "≤<"}
 _FLIP = str.maketrans("<>≤≥", "><≥≤")
 
@@ -2966,11 +2967,11 @@ _JOINS = {"∪": any, "∨": any, "∩": all, ",": all, "∖": lambda x: x == [T
 
 
 def _is_region(tree):
-    """Whether a tree gives a set of reals by conditions or as a union."""
+    """Whether a tree gives a set of reals by conditions on an unknown or as a union."""
     what, *parts = tree
     if what[0] in ",∨":
         return any(map(_is_region, parts))
-    return what[0] in "∪∩∖" or {*what} <= {*"<>≤≥≠"}
+    return what[0] in "∪∩∖" or {*what} <= {*"<>≤≥≠"} and _names(tree)
 
 
 def _holds(relation, x, y):
@@ -2994,6 +2995,8 @@ def _member(tree, x):
         lower, upper = values
         what = _INTERVALS[what]
         values = [lower, x, upper]
+    elif not {*what} <= _RELATIONS:
+        raise TypeError("no condition")
     return all(map(_holds, what, values, values[1:]))
 
 
@@ -3030,7 +3033,7 @@ def _same_region(a, b):
 
 def _proportional(a, b):
     """Whether two equations or inequalities say one thing: their differences are proportional."""
-    if not {a[0], b[0]} <= {*"=<>≤≥≠"} or not _names(a):
+    if not {a[0], b[0]} <= _RELATIONS or not _names(a):
         return False
     quotient = "/", ("-", *a[1:]), ("-", *b[1:])
     with contextlib.suppress(*_FAILURES):
