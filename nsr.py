@@ -2603,7 +2603,7 @@ for _line in r"""
     _sign, *_others = _line.split()
     _SPELLINGS |= dict.fromkeys(_others, _sign)
 _NO_UNITS = {*"squared cubed plus minus over through half halves thirds not wrong".split()}
-_UNITS = {("word", sign[1:-1]) for sign in _SPELLINGS.values() if sign[:1] == '"'}
+_UNITS = {("word", sign.strip('"')) for sign in _SPELLINGS.values()}
 _TOKEN = re.compile(
     r"""
     (\()?(?P<digits>(?=["A-F]*\d)["\dA-F]++(?:\.\d+)?)(?(1)\))(?:\\[,!;:]|\s)*   # 204_{five}
@@ -2611,9 +2611,9 @@ _TOKEN = re.compile(
     | (?P<num>\d+(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\d))?|\.\d+)
     | (?P<name>[fghFGHPW]\(\w+\)|[A-Za-z]\((?:[\w=",\s]|\(\w+\))+\)(?=\s*=)    # f(x) is a name
         |(?:\\(?!log_)[A-Za-z]+|"[A-Za-z]+"|[A-Za-z])\s*_\s*(?:\w|\\[A-Za-z]+   # \lambda_{red}
-            |\{(?:[^{}]|\{[^{}]*\})*\})'*|[A-Za-z]'*(?![A-Za-z])|[π∞])
+            |\{(?:[^{}]|\{[^{}]*\})*\})'*|\\[A-Za-z]+|[A-Za-z]'*(?![A-Za-z])|[π∞])
     | "(?P<text>[^"]+)" | (?P<word>[A-Za-z]+(?!_)|\p{Han}+)
-    | (?P<sign>\\(?:[A-Za-z]+|.)|<=|>=|!=|\*\*|\+-|\.\.+|\{:\}|\S)""",
+    | (?P<sign>\\.|<=|>=|!=|\*\*|\+-|\.\.+|\{:\}|\S)""",
     re.VERBOSE | re.DOTALL,
 )
 
@@ -2637,7 +2637,7 @@ def _tokens(text):
         elif kind == "name":
             yield "sym", re.sub(r'[\s{}"\\]', "", found)
         elif kind == "sign":
-            yield ("sym", found[1:]) if found[1:].isalpha() else found
+            yield found
         elif kind == "word" and found.isupper():  # AB is one name, xy are two
             yield "sym", low
         elif kind == "word" and len(found) == 2 and found.islower():
@@ -2656,9 +2656,7 @@ def _read(text):
     if not text.isascii():
         for pattern, new in _UNICODE.items():
             text = re.sub(pattern, new, text)
-        text = unicodedata.normalize("NFKC", text).replace("⁄", "}{")
-        if len(text) > 2 * MAX_CHARS:
-            return (text,)
+        text = unicodedata.normalize("NFKC", text)[: 2 * MAX_CHARS].replace("⁄", "}{")
     if r"\begin" not in text:  # a backslash written twice, and no end of a row
         text = text.replace(r"\\", "\\")
     for pattern, new in _REWRITES.items():
@@ -2820,7 +2818,7 @@ def _power(x, y):
     if not _bits(y):
         return complex(x) ** y
     if _bits(x) and y.denominator == 1:
-        if abs(y) > 1 and abs(y) * _bits(x) > MAX_BITS:
+        if abs(y) * _bits(x) > MAX_BITS:
             raise OverflowError("too many digits")
         return Fraction(x) ** int(y) if y < 0 else x ** int(y)
     if x.real < 0 and x.imag == 0 and y.denominator % 2:
@@ -2867,7 +2865,7 @@ _FUNCTIONS = {
     "exp": cmath.exp,
     "cis": lambda x: cmath.exp(1j * x),
     "ln": cmath.log,
-    "log": lambda x, base=10: cmath.log(x) / cmath.log(base),
+    "log": lambda x, base=10: cmath.log(x, base),
     "abs": abs,
     "|¦": abs,
     "⌊⌋": lambda x: math.floor(x.real),
@@ -2880,7 +2878,6 @@ _FUNCTIONS = {
 _CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "∞": math.inf}
 
 
-@lru_cache(4096)
 def _value(tree, at=None, power=_power):
     """Value of a tree where a symbol has the value at(name). Raises one of _FAILURES if none."""
     what, *parts = tree
@@ -2927,13 +2924,10 @@ def _close(x, y, exact=True):
     return abs(x - y) <= 1e-11 * max(abs(x), abs(y)) < math.inf
 
 
-def _point(name, k):
+def _point(k, name):
     """Where a symbol is evaluated: negative at point 1, positive at others."""
     x = Fraction(random.Random(f"{name}{k}").randint(10_000, 90_000), 1 << 15)
     return -x if k == 1 else x
-
-
-_POINTS = [partial(_point, k=k) for k in range(3)]
 
 
 def _equal(a, b):
@@ -2943,7 +2937,8 @@ def _equal(a, b):
     """
     names = _names(a) | _names(b)
     verdict = None
-    for k, at in enumerate(_POINTS[:2] if names else _POINTS[:1]):
+    for k in range(2 if names else 1):
+        at = partial(_point, k)
         try:
             x, y = _value(a, at), _value(b, at)
         except OverflowError:  # 10^{10^{10}}
@@ -3037,7 +3032,7 @@ def _proportional(a, b):
         return False
     quotient = "/", ("-", *a[1:]), ("-", *b[1:])
     with contextlib.suppress(*_FAILURES):
-        ratio = _value(quotient, _POINTS[2])
+        ratio = _value(quotient, partial(_point, 2))
         relation = a[0].translate(_FLIP) if ratio.real < 0 else a[0]
         return relation == b[0] and _equal(quotient, ("num", ratio))
     return False
