@@ -2641,8 +2641,7 @@ def _tokens(text):
         elif kind == "word" and found.isupper():  # AB is one name, xy are two
             yield "sym", low
         elif kind == "word" and len(found) == 2 and found.islower():
-            yield "sym", found[0]
-            yield "sym", found[1]
+            yield from _tokens(" ".join(found))
         else:
             yield "word", low if len(found) > 1 else found
 
@@ -3051,7 +3050,7 @@ def _is_label(tree):
 
 def _near(x, y):
     """Whether y is x rounded: 2/3 and 0.67, but not 4 and 5."""
-    return not isinstance(x, int) and abs(x - y) * Fraction(y).denominator < 1
+    return abs(x - y) * Fraction(y).denominator < 1
 
 
 def _unlabel(tree):
@@ -3081,8 +3080,7 @@ def _solutions(items, label):
         size = len({name for _, name, _ in equations})
         items = []
         for start in range(0, len(equations), size):
-            point = sorted(equations[start : start + size], key=str)
-            _, names, values = zip(*point)
+            _, names, values = zip(*sorted(equations[start : start + size], key=str))
             items.append(("=", ("()", *names), ("()", *values)))
     elif label:
         items = [("=", label, item) for item in items]
@@ -3136,9 +3134,7 @@ def _same(a, b):
         verdict = _equal(a, b)
         if verdict is not None:
             return verdict
-    if a[0] != b[0] or a[0] in ("num", "sym") or len(a) != len(b):
-        return False
-    return all(_same(x, y) for x, y in zip(a[1:], b[1:]))
+    return a[0] == b[0] and len(a) == len(b) and all(map(_same, a[1:], b[1:]))
 
 
 # the letter of a choice, with what it stands for or without: C, \text{(C)}, C) 12
@@ -3191,7 +3187,7 @@ def verify_countdown(response, gold, pattern=""):
     if sorted(re.findall(r"\d+", text)) != sorted(numbers.split()) or not _SUM.fullmatch(text):
         return False
     with contextlib.suppress(*_FAILURES):
-        return _value(_parse(tuple(_tokens(text)))) == int(target)
+        return _value(_parse(_read(text))) == int(target)
     return False
 
 
