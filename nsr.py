@@ -57,7 +57,6 @@ import urllib.request
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache, partial
-from numbers import Rational
 from pathlib import Path
 from typing import Callable
 
@@ -2372,14 +2371,14 @@ def main():
 # verification: how an answer is checked
 #
 # extract the last box; rewrite its text and read that into tokens; parse them into a tree; compare
-# the tree with that of the gold answer: expressions by their values at fixed points, sets of reals
-# by their members, all else by structure. Nothing is executed, and all is bounded.
+# the tree with that of the gold answer: rational expressions modulo a prime, others by their values
+# at fixed points, sets of reals by their members, all else by structure. Nothing is executed, and
+# all is bounded.
 
 MAX_CHARS = 500  # of an answer
 MAX_SCAN = 50_000  # characters before and after the last box that are looked at
 MAX_ITEMS = 32  # of a list whose items are compared each with each
-MAX_BITS = 1 << 15  # of an exact number
-_PRIME = 2**127 - 1
+PRIME = 2**127 - 1  # modulo which rational expressions are equal
 _BOX = re.compile(
     r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([+-]?\d+(?:\.\d+)?|[A-Za-z]))"
     r"|(?:\\\\)+|\\[{}]|[{}]"
@@ -2629,7 +2628,7 @@ def _tokens(text):
             base = re.findall(r"[^\W_]+", found)[-1]
             yield "sym", m["digits"].replace('"', "") + f"_{_NUMERALS.get(base, base)}"
         elif kind == "num":
-            yield "num", int(found) if found.isdecimal() else Fraction(found)
+            yield "num", Fraction(found)
         elif spelled is not None:
             yield from _tokens(spelled)
         elif name in _FUNCTIONS:
@@ -2684,7 +2683,7 @@ _FLIP = str.maketrans("<>≤≥", "><≥≤")
 
 
 def _chain(stack, levels=_LEVELS):
-    """Take operands and the operators between them off a stack of tokens."""
+    """Take operands and the operators between them, of these levels, off a stack of tokens."""
     tree = _factor(stack)
     for tighter, signs in enumerate(levels):
         ops, parts = "", [tree]
@@ -2700,10 +2699,11 @@ def _chain(stack, levels=_LEVELS):
 
 def _factor(stack):
     """Take a factor off a stack, and the units that follow it."""
-    if stack[-1] in ("+", "-"):
-        sign = stack.pop()
-        tree = _factor(stack)
-        return tree if sign == "+" else ("-", ("num", 0), tree)
+    if stack[-1] == "+":
+        stack.pop()
+        return _factor(stack)
+    if stack[-1] == "-":
+        return stack.pop(), ("num", 0), _factor(stack)
     phrase = stack[-1][0] == "word"  # its words are multiplied
     tree = _atom(stack)
     while stack[-1] in ("!", "°"):
@@ -2786,10 +2786,11 @@ def _items(tree):
 def _parse(tokens):
     """Tree of a tuple of tokens; 1 ± 2 is the list 1 + 2, 1 - 2. Raises one of _FAILURES."""
     if "±" in tokens or "∓" in tokens:
-        plus = _parse(tuple({"±": "+", "∓": "-"}.get(t, t) for t in tokens))
-        minus = _parse(tuple({"±": "-", "∓": "+"}.get(t, t) for t in tokens))
-        kind = plus[0] if _is_list(plus) else ","
-        return kind, *dict.fromkeys(_items(plus) + _items(minus))
+        items = []
+        for signs in ({"±": "+", "∓": "-"}, {"±": "-", "∓": "+"}):
+            tree = _parse(tuple(signs.get(token, token) for token in tokens))
+            items += _items(tree)
+        return tree[0] if _is_list(tree) else ",", *dict.fromkeys(items)
     stack = ["$", *tokens[::-1]]
     tree = _chain(stack)
     if stack != ["$"]:
@@ -2805,50 +2806,32 @@ def parse_answer(text):
     return None
 
 
-# ---- compare: expressions by their values, exact (int, Fraction) while they can be, else not
-
-def _bits(x):
-    """How long an exact number is; 0 if it is a float or complex."""
-    return max(map(int.bit_length, x.as_integer_ratio())) if isinstance(x, Rational) else 0
+# ---- compare: rational expressions modulo a prime, exactly; others by their values
 
 
 def _power(x, y):
-    """x^y, exact if it can be; an odd root of a negative number is negative."""
-    if not _bits(y):
-        return complex(x) ** y
-    if _bits(x) and y.denominator == 1:
-        if abs(y) * _bits(x) > MAX_BITS:
-            raise OverflowError("too many digits")
-        return Fraction(x) ** int(y) if y < 0 else x ** int(y)
-    if x.real < 0 and x.imag == 0 and y.denominator % 2:
-        return -_power(-x, y) if y.numerator % 2 else _power(-x, y)
+    """x^y; an odd root of a negative number is negative."""
+    if isinstance(y, Fraction) and y.denominator % 2 and x.real < 0 and x.imag == 0:
+        return (-1) ** y.numerator * _power(-x, y)
     return complex(x) ** complex(y)
 
 
 def _factorial(x):
-    """x!, between whole numbers by the gamma function."""
-    if not _bits(x) or x.denominator > 1:
-        return math.gamma(float(x) + 1)
-    if x > 2500:
-        raise OverflowError("too many digits")
-    return math.factorial(int(x))
-
-
-def _over(x, y):
-    return x * _power(y, -1)
+    return math.gamma(x + 1)
 
 
 def _choose(n, k):
-    return _over(_factorial(n), _factorial(k) * _factorial(n - k))
+    return _factorial(n) / (_factorial(k) * _factorial(n - k))
 
 
 _OPS = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
-    "/": _over,
-    ":": _over,
-    "÷": _over,
+    "/": operator.truediv,
+    ":": operator.truediv,
+    "÷": operator.truediv,
+    "^": _power,
     "∁": _choose,
 }
 _FUNCTIONS = {
@@ -2869,40 +2852,57 @@ _FUNCTIONS = {
     "|¦": abs,
     "⌊⌋": lambda x: math.floor(x.real),
     "⌈⌉": lambda x: math.ceil(x.real),
-    "frac": _over,
+    "frac": operator.truediv,
     "!": _factorial,
     "°": math.radians,
     "binom": _choose,
 }
+_COUNTS = {"!": math.factorial, "binom": math.comb, "∁": math.comb}
 _CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "∞": math.inf}
 
 
-def _value(tree, at=None, power=_power):
+def _value(tree, at=None):
     """Value of a tree where a symbol has the value at(name). Raises one of _FAILURES if none."""
     what, *parts = tree
     if what == "num":
         return parts[0]
     if what == "sym":
         return _CONSTANTS.get(parts[0]) or at(parts[0])
-    total, *others = values = [_value(part, at, power) for part in parts]
+    total, *others = values = [_value(part, at) for part in parts]
     if what in _FUNCTIONS:
         return _FUNCTIONS[what](*values)
     for op, x in zip(what, others):
-        total = power(total, x) if op == "^" else _OPS[op](total, x)
-        if _bits(total) > MAX_BITS:
-            raise OverflowError("too many digits")
+        total = _OPS[op](total, x)
     return total
 
 
-def _residue(x):
-    """A number modulo a prime."""
-    n, d = Fraction(x).as_integer_ratio()
-    return n * pow(d, -1, _PRIME) % _PRIME
+def _whole(tree, largest):
+    """Value of a tree that is a whole number. Raises one of _FAILURES if none, or too large."""
+    value = _value(tree)
+    number = round(value.real)
+    if number != value or abs(number) > largest:
+        raise ValueError(f"{value} is no whole number, or too large")
+    return number
 
 
-def _residue_power(x, y):
-    """x^y modulo a prime, for numbers of too many digits; y is a whole number."""
-    return pow(_residue(x), y, _PRIME)
+def _residue(tree):
+    """Value modulo a prime where symbols are random. Raises one of _FAILURES if not rational."""
+    what, *parts = tree
+    if what == "num":
+        n, d = parts[0].as_integer_ratio()
+        return n * pow(d, -1, PRIME)
+    if what == "sym" and parts[0] not in "i∞":
+        return random.Random(parts[0]).randrange(PRIME)
+    if what in _COUNTS:
+        return _COUNTS[what](*[_whole(part, 2500) for part in parts])
+    if what == "^":
+        return pow(_residue(parts[0]), _whole(parts[1], 10**15), PRIME)
+    if what[0] not in "+-*/:÷":
+        raise TypeError(f"{what} is not rational")
+    total, *others = map(_residue, parts)
+    for op, x in zip(what, others):
+        total = total * pow(x, -1, PRIME) if op in "/:÷" else _OPS[op](total, x)
+    return total
 
 
 def _names(tree):
@@ -2915,43 +2915,35 @@ def _names(tree):
     return set().union(*map(_names, parts))
 
 
-def _close(x, y, exact=True):
-    """Whether two values are one; exact: a fraction with a large denominator is no sqrt(2)."""
-    denominator = max(getattr(number, "denominator", 1) for number in (x, y))
-    if _bits(x) and _bits(y) or exact and denominator > 10**4:
+def _close(x, y):
+    """Whether two values are one. A fraction with a large denominator is no sqrt(2)."""
+    if max(getattr(number, "denominator", 1) for number in (x, y)) > 10**4:
         return x == y
     return abs(x - y) <= 1e-11 * max(abs(x), abs(y)) < math.inf
 
 
 def _point(k, name):
     """Where a symbol is evaluated: negative at point 1, positive at others."""
-    x = Fraction(random.Random(f"{name}{k}").randint(10_000, 90_000), 1 << 15)
+    x = random.Random(f"{name}{k}").uniform(0.3, 3)
     return -x if k == 1 else x
 
 
 def _equal(a, b):
-    """Whether two expressions have one value where symbols are positive and, if real, negative.
+    """Whether two expressions are equal where symbols are positive and, if real, negative.
 
     None if they have no values.
     """
-    names = _names(a) | _names(b)
+    with contextlib.suppress(*_FAILURES):
+        return (_residue(a) - _residue(b)) % PRIME == 0
     verdict = None
-    for k in range(2 if names else 1):
-        at = partial(_point, k)
-        try:
-            x, y = _value(a, at), _value(b, at)
-        except OverflowError:  # 10^{10^{10}}
-            with contextlib.suppress(*_FAILURES):
-                x, y = (_residue(_value(tree, at, _residue_power)) for tree in (a, b))
-                return x == y
-            continue
-        except _FAILURES:
-            continue
-        if k == 1 and (x.imag or y.imag):
-            break  # sqrt(x^3) is x sqrt(x), if not where x is negative
-        if not _close(x, y, exact=not names):
-            return False
-        verdict = True
+    for k in range(2 if _names(a) | _names(b) else 1):
+        with contextlib.suppress(*_FAILURES):
+            x, y = (_value(tree, partial(_point, k)) for tree in (a, b))
+            if k == 1 and (x.imag or y.imag):
+                break  # sqrt(x^3) is x sqrt(x), if not where x is negative
+            if not _close(x, y):
+                return False
+            verdict = True
     return verdict
 
 
@@ -3032,9 +3024,9 @@ def _proportional(a, b):
         return False
     quotient = "/", ("-", *a[1:]), ("-", *b[1:])
     with contextlib.suppress(*_FAILURES):
-        ratio = _value(quotient, partial(_point, 2))
+        ratio, *others = [_value(quotient, partial(_point, k)) for k in range(3)]
         relation = a[0].translate(_FLIP) if ratio.real < 0 else a[0]
-        return relation == b[0] and _equal(quotient, ("num", ratio))
+        return relation == b[0] and all(_close(ratio, other) for other in others)
     return False
 
 
@@ -3050,7 +3042,8 @@ def _is_label(tree):
 
 def _near(x, y):
     """Whether y is x rounded: 2/3 and 0.67, but not 4 and 5."""
-    return abs(x - y) * Fraction(y).denominator < 1
+    rounded = Fraction(_value(y))
+    return abs(_value(x) - rounded) * rounded.denominator < 1
 
 
 def _unlabel(tree):
@@ -3068,7 +3061,7 @@ def _unlabel(tree):
     if label and "(" in label[1]:
         label = "sym", "y"  # f(x) = x^2 is y = x^2
     for x, y in zip(sides, sides[1:]):
-        if not _same(x, y) and not ("≈" in what and _near(_value(x), _value(y))):
+        if not _same(x, y) and not ("≈" in what and _near(x, y)):
             return label, tree
     return label, sides[0]
 
