@@ -2892,7 +2892,7 @@ def _residue(tree):
         n, d = parts[0].as_integer_ratio()
         return n * pow(d, -1, PRIME)
     if what == "sym" and parts[0] not in "i∞":
-        return random.Random(parts[0]).randrange(PRIME)
+        return int(_point(0, parts[0]) * 2**50)
     if what in _COUNTS:
         return _COUNTS[what](*[_whole(part, 2500) for part in parts])
     if what == "^":
@@ -2922,6 +2922,7 @@ def _close(x, y):
     return abs(x - y) <= 1e-11 * max(abs(x), abs(y)) < math.inf
 
 
+@lru_cache(4096)
 def _point(k, name):
     """Where a symbol is evaluated: negative at point 1, positive at others."""
     x = random.Random(f"{name}{k}").uniform(0.3, 3)
