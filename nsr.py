@@ -2445,8 +2445,6 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
     r"(?:\\\\)+\s*+(?:\[[\w.\s]+\])?": " , ",  # \\[2pt]
     r"\\left\s*\\\{(?=\s*\\begin)|\\right\s*\.": "",  # \left\{\begin{array}
     r"\\(?:left|right|middle|[bB]igg?[lr]?)(?![A-Za-z])": "",  # \left(
-    r"\\begin\s*\{(?!v)\w+\*?\}(?:\s*\{[clr|\s]*\})?": "(",  # \begin{array}{cc}; vmatrix is none
-    r"\\end\s*\{\w+\*?\}": ")",  # \end{array}
     r"&\s*(?==)": "",  # x &= 3
     r"(?:(?<!\\),\s*)?&\s*(?:\\text\s*\{\s*(?:if|for)\s*\}\s*&?)?": "&",  # x, & \text{if} & x > 0
     # sets, and families of numbers
@@ -2465,6 +2463,8 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
      "",  # 1 000, 1{,}000, 1,\!000
     r"(?<![\d.,])([1-9]\d{0,2}),(\d{3})(?:,(\d{3}))?(?:,(\d{3}))?(?![\d,])"
      r"(?![^(\[⦃{]*[)\]⦄}])": r"\1\2\3\4",  # 1,000,000, but not (1,000)
+    r"\\begin\s*\{(?!v)\w+\*?\}(?:\s*\{[clr|\s]*\})?": "(",  # \begin{array}{cc}; vmatrix is none
+    r"\\end\s*\{\w+\*?\}": ")",  # \end{array}
     r"\[\s*-?\s*(?:\\infty|∞)|(?:\\infty|∞)\s*\]": "?",  # [-\infty, 0) is no interval
     # words: \text{cm} becomes "cm" in quotes, and so do units that stand bare
     '"': "",  # 5"
@@ -2917,7 +2917,8 @@ def _names(tree):
 
 def _close(x, y):
     """Whether two values are one. A fraction with a large denominator is no sqrt(2)."""
-    if max(getattr(number, "denominator", 1) for number in (x, y)) > 10**4:
+    denominator = max(getattr(number, "denominator", 1) for number in (x, y))
+    if denominator > 10**4 or {type(x), type(y)} == {Fraction}:
         return x == y
     return abs(x - y) <= 1e-11 * max(abs(x), abs(y)) < math.inf
 
