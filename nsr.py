@@ -2649,7 +2649,7 @@ def _tokens(text):
 def _read(text):
     """Tuple of the tokens of an answer (str)."""
     if text.isdecimal():  # as most are
-        return (("num", int(text)),)
+        return (("num", Fraction(text)),)
     text = " ".join(text.split())
     if not text.isascii():
         for pattern, new in _UNICODE.items():
