@@ -33,6 +33,7 @@ import cmath
 import collections
 import contextlib
 import csv
+import datetime
 import fcntl
 import hashlib
 import importlib.util
@@ -47,11 +48,11 @@ import os
 import pkgutil
 import random
 import resource
+import runpy
 import shutil
 import signal
 import sys
 import time
-import traceback
 import unicodedata
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields
@@ -538,16 +539,10 @@ def check(cfg):
     """Raises UserError where a setting is out of range or two do not fit together."""
     for name, value in asdict(cfg).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag}: must be finite")
-        if name in ABOVE_ZERO and value <= 0:
-            raise UserError(f"{flag}: must be above 0")
-        if isinstance(value, (int, float)) and value < 0:
-            raise UserError(f"{flag}: must not be below 0")
-    if cfg.gpu_memory_utilization > 1:
-        raise UserError(
-            f"--gpu-memory-utilization {cfg.gpu_memory_utilization}: is a share, 1 at most"
-        )
+        if name in ABOVE_ZERO and not 0 < value < math.inf:
+            raise UserError(f"{flag}: must be a number above 0")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise UserError(f"{flag}: must be a number, and not below 0")
     check_pattern(cfg.answer_pattern)
     if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: pip install tensorboard")
@@ -594,33 +589,33 @@ QUESTION_KEYS = "problem question prompt content messages input".split()
 ANSWER_KEYS = (
     "answer final_answer Answer reward_model.ground_truth ground_truth label target output"
 ).split()
-GITHUB = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/main/evaluation/data"
-DOWNLOADS = {  # name: (address, git blob id; the hub has its own sums)
-    "math-train": (f"{GITHUB}/math/train.jsonl", "47bc5462da8374bdcf53a7339bd48a7e28567676"),
-    "math-test": (f"{GITHUB}/math/test.jsonl", "9ef3334841057f53caac5522332e38391d3fb33b"),
-    "amc23": (f"{GITHUB}/amc23/test.jsonl", "6894ad7c49a0b3a64210af32954f4d049d934ea0"),
-    "aime2025": ("hf://datasets/math-ai/aime25/test.jsonl", None),
-    "math500": ("hf://datasets/HuggingFaceH4/MATH-500/test.jsonl", None),
+GITHUB = (  # a commit, so that what a name stands for never changes
+    "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/"
+    "a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
+)
+DOWNLOADS = {
+    "math-train": f"{GITHUB}/math/train.jsonl",
+    "math-test": f"{GITHUB}/math/test.jsonl",
+    "amc23": f"{GITHUB}/amc23/test.jsonl",
+    "aime2025": "hf://datasets/math-ai/aime25/test.jsonl",
+    "math500": "hf://datasets/HuggingFaceH4/MATH-500/test.jsonl",
 }
 
 
 def fetch(name):
     """Path of the problem file `name`, downloaded if need be. Raises UserError."""
-    address, blob_id = DOWNLOADS.get(name, (name, None))
+    address = DOWNLOADS.get(name, name)
     try:
         if address.startswith("hf://datasets/"):
             from huggingface_hub import hf_hub_download
 
             owner, repo, file = address.removeprefix("hf://datasets/").split("/", 2)
             return Path(hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset"))
-        if blob_id is None:
+        if address == name:
             return Path(name)
         path = Path("out/data", f"{name}.jsonl")
         if not path.exists():
-            content = urllib.request.urlopen(address, timeout=60).read()
-            if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
-                raise ValueError("the file there is not the one that it was")
-            write_whole(path, content)
+            write_whole(path, urllib.request.urlopen(address, timeout=60).read())
         return path
     except Exception as e:  # the hub's client raises dozens of types; all mean: no file
         raise UserError(
@@ -630,19 +625,17 @@ def fetch(name):
 
 
 def read_rows(path):
-    """("row", dicts) of a JSON array, CSV or Parquet; ("line", lines) of JSON Lines."""
+    """The rows (dicts) of a JSON array, CSV or Parquet; the lines (str) of JSON Lines."""
     if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise UserError(f"{path}: Parquet is read by pyarrow: pip install pyarrow")
-        return "row", parquet.read_table(path).to_pylist()
+        from pyarrow import parquet
+
+        return parquet.read_table(path).to_pylist()
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".csv":
-        return "row", csv.DictReader(io.StringIO(text, newline=""))
+        return csv.DictReader(io.StringIO(text))
     if text.lstrip().startswith("["):
-        return "row", json.loads(text)
-    return "line", text.split("\n")
+        return json.loads(text)
+    return text.split("\n")
 
 
 def parse_problem(row, question_key="", answer_key="", as_is=False):
@@ -675,7 +668,6 @@ def parse_problem(row, question_key="", answer_key="", as_is=False):
         problem.answer = answer if isinstance(answer, str) else json.dumps(answer)
     if problem.messages:  # a chat brings its own instruction
         problem.instruction = ""
-    (problem.question + problem.answer).encode()  # half a character raises
     tags = {"level": row.get("level"), "subject": first_of(row, ("subject", "type"))}
     problem.tags = {name: str(tag) for name, tag in tags.items() if tag}
     return problem
@@ -691,11 +683,6 @@ def set_answer(problem, answer):
         problem.instruction, problem.verify = COUNTDOWN, verify_countdown
     answers = answer if isinstance(answer, list) else [answer]
     problem.answer = ", ".join(map(clean_answer, answers))
-
-
-def ends_begun(messages):
-    """Whether the last turn of a chat is the assistant's, which a response then goes on with."""
-    return messages[-1]["role"] == "assistant"
 
 
 def first_of(row, names):
@@ -715,12 +702,12 @@ def first_of(row, names):
 
 def chat_message(message):
     """A chat message (dict) whose content is one text; it may be a list of parts."""
-    content = message.get("content") if isinstance(message, dict) else None
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    content = message["content"]
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
         raise ValueError("a chat message needs content that is text")
-    return {"role": "user"} | message | {"content": "".join(texts)}
+    return {"role": "user"} | message | {"content": content}
 
 
 def clean_answer(answer):
@@ -732,8 +719,8 @@ def clean_answer(answer):
     """
     if answer is None:
         return ""
-    number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    if not isinstance(answer, str) and not (number and math.isfinite(answer)):
+    finite = isinstance(answer, float) and math.isfinite(answer)
+    if type(answer) not in (str, int) and not finite:  # a bool is neither
         raise ValueError(f"the answer {answer!r} is neither text nor a number")
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
@@ -746,11 +733,10 @@ def read_problems(name, cfg=Config()):
     if name in TASKS:
         return countdown_problems(name)
     keys = ("", "") if name in DOWNLOADS else (cfg.question_key, cfg.answer_key)
-    problems, place, number = {}, "", 0
-    unanswered = repeated = other = 0
+    problems = {}
+    number = unanswered = repeated = 0
     try:
-        place, rows = read_rows(fetch(name))
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(read_rows(fetch(name)), 1):
             if isinstance(row, str):
                 if not row.strip():
                     continue
@@ -760,29 +746,21 @@ def read_problems(name, cfg=Config()):
             problem = parse_problem(row, *keys, as_is=bool(cfg.verifier))
             if not problem.answer:
                 unanswered += 1
-                continue
-            first = problems.setdefault(problem.question, problem)
-            repeated += first is not problem
-            other += first.answer != problem.answer
-    except (OSError, ValueError, TypeError, LookupError, RecursionError, csv.Error) as e:
-        place = f", {place} {number}" if number else ""
+            elif problem.question in problems:
+                repeated += 1
+            else:
+                problems[problem.question] = problem
+    except (ImportError, OSError, ValueError, TypeError, LookupError, csv.Error) as e:
+        place = f", row {number}" if number else ""
         raise UserError(
-            f"{name}{place}: {first_line(e)}; --data takes JSON Lines, a JSON array, CSV or "
-            f"Parquet, or one of countdown, {', '.join(DOWNLOADS)}"
+            f"{name}{place}: {first_line(e)}; --data takes JSON Lines, a JSON array, CSV, Parquet "
+            f"(pip install pyarrow), or one of countdown, {', '.join(DOWNLOADS)}"
         )
-    if unanswered:
+    if unanswered or repeated:
         say(
             f"{name}: left out {unanswered} rows without an answer in "
-            f"{keys[1] or ', '.join(ANSWER_KEYS)}"
+            f"{keys[1] or ', '.join(ANSWER_KEYS)}, and {repeated} that repeat a question"
         )
-    if repeated:
-        say(
-            f"{name}: left out {repeated} rows that repeat a question, {other} of them with another "
-            "answer"
-        )
-    begun = sum(ends_begun(p.messages) for p in problems.values() if p.messages)
-    if begun:
-        say(f"{name}: {begun} chats end with the assistant's turn, which the response goes on with")
     if not problems:
         raise UserError(f"{name} holds no problems with an answer; --answer-key says where it is")
     return list(problems.values())
@@ -816,26 +794,23 @@ def load_verifier(name):
     """The function of FILE.py:FUNCTION as a Problem's verify. Raises UserError."""
     file, _, function = name.rpartition(":")
     try:
-        if not file.endswith(".py"):
-            raise ValueError("no Python file")
-        spec = importlib.util.spec_from_file_location("verifier", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        body = getattr(module, function)
+        body = runpy.run_path(file)[function]
     except (Exception, SystemExit) as e:  # it is a program of the user's
         raise UserError(f"--verifier {name}: {first_line(e)}; give FILE.py:FUNCTION")
 
     def checked(response, answer, pattern=""):
-        wrong = ""
         try:
             verdict = body(response, answer)
-            if verdict not in (True, False):
-                wrong = f"returned {verdict!r}, neither True nor False"
         except (Exception, SystemExit) as e:
-            line = traceback.extract_tb(e.__traceback__)[-1].lineno
-            wrong = f"raised {type(e).__name__} in line {line}: {first_line(e)}"
-        if wrong:
-            raise UserError(f"--verifier {name} {wrong}, for the response {response!r}")
+            raise UserError(
+                f"--verifier {name} raised {type(e).__name__}: {first_line(e)}, for the response "
+                f"{response!r}"
+            )
+        if verdict not in (True, False):
+            raise UserError(
+                f"--verifier {name} returned {verdict!r}, neither True nor False, for the response "
+                f"{response!r}"
+            )
         return bool(verdict)
 
     return checked
@@ -844,10 +819,9 @@ def load_verifier(name):
 def say_unread(problems):
     """Say how many gold answers the verifier can only compare letter by letter."""
     unread = []
-    for p in problems:
-        if p.verify is verify:
-            if parse_answer(p.answer) is None or not verify(f"\\boxed{{{p.answer}}}", p.answer):
-                unread.append(p.answer)
+    for problem in problems:
+        if problem.verify is verify and parse_answer(problem.answer) is None:
+            unread.append(problem.answer)
     if unread:
         say(
             f"{len(unread)} of {len(problems)} gold answers are beyond the verifier, such as "
@@ -990,7 +964,7 @@ def countdown_base(task):
 
 def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
     """Supervised training on random correct expressions of problems that are not held out."""
-    rng, started = random.Random(0), time.time()
+    rng = random.Random(0)
     held_out = {p.question for p in load_problems(Config(data=task))[1]}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
@@ -1009,8 +983,7 @@ def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        left = (time.time() - started) / (step + 1) * (steps - step - 1)
-        live(f"base policy: step {step + 1}/{steps}, {duration(left)} left")
+        live(f"base policy: step {step + 1} of {steps}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1018,37 +991,27 @@ def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
 
 
 def model_path(name):
-    """Where a model's files are: in the newest checkpoint of a run, in a directory, on the hub.
-
-    Raises UserError where the name can only be that of a directory, and there is none.
-    """
-    if re.match(r"[./~]|out/|.*/.*/", str(name)) and not Path(name).is_dir():
-        raise UserError(f"no model directory {name}; give one, or a hub name")
+    """Where a model's files are: in the newest checkpoint of a run, in a directory, on the hub."""
     return (checkpoints(Path(name)) or [name])[-1]
 
 
-def no_model(path, error):
-    """The UserError for a model that cannot be loaded."""
-    return UserError(
-        f"cannot load the model {path} ({first_line(error)}); give a model directory, or a hub "
-        "name and the network that it takes; of an adapter, the model that it is merged into"
-    )
+def pretrained(kind, path, **options):
+    """kind.from_pretrained(path, ...) of a class of transformers. Raises UserError."""
+    try:
+        return kind.from_pretrained(path, **options)
+    except Exception as e:  # files, formats and hub have no common error; all mean: no model
+        raise UserError(
+            f"cannot load the model {path} ({first_line(e)}); give a model directory, or a hub "
+            "name and the network that it takes; of a LoRA adapter, the base model that it is "
+            "merged into by peft's merge_and_unload()"
+        )
 
 
 def check_model(name):
-    """Raises UserError where there is no model of that name, or only an adapter to one."""
-    path = model_path(name)
+    """The config of a model. Raises UserError where there is no model of that name."""
     if name in TASKS:
-        return
-    if Path(path, "adapter_config.json").exists():
-        raise UserError(
-            f"{path} is an adapter (LoRA): merge it into its base model first, by peft's "
-            "merge_and_unload(), and give the directory of the whole"
-        )
-    try:
-        transformers.AutoConfig.from_pretrained(path)
-    except Exception as e:  # files, formats and hub have no common error; all mean: no model
-        raise no_model(path, e)
+        return countdown_config()
+    return pretrained(transformers.AutoConfig, model_path(name))
 
 
 def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=False, **options):
@@ -1057,48 +1020,40 @@ def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=
     The model is in float32, without dropout: rollout and training pass see one policy.
     shape_only: with random weights, and with the tokenizer of countdown. Raises UserError.
     """
-    if name in TASKS and not shape_only:
-        path = on_first_rank(partial(countdown_base, name))
+    if shape_only:
+        tokenizer = countdown_tokenizer()
+        config = QWEN_MATH_SHAPE  # without a download
+        if name not in QWEN_MATH.split():
+            config = check_model(name)
+        config.update(options)
+        model = kind.from_config(config, dtype=torch.float32)
     else:
         path = model_path(name)
-    try:
-        if shape_only:
-            tokenizer = countdown_tokenizer()
-            if name in TASKS:
-                config = countdown_config()
-            elif name in QWEN_MATH.split():
-                config = QWEN_MATH_SHAPE
-            else:
-                config = transformers.AutoConfig.from_pretrained(path)
-            for option, value in options.items():
-                setattr(config, option, value)
-            model = kind.from_config(config, dtype=torch.float32)
-        else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            model, found = kind.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True, **options
+        if name in TASKS:
+            path = on_first_rank(partial(countdown_base, name))
+        tokenizer = pretrained(transformers.AutoTokenizer, path)
+        model, found = pretrained(
+            kind, path, dtype=torch.float32, output_loading_info=True, **options
+        )
+        missing = sorted(found["missing_keys"])  # they would be random; of a critic its head is
+        if missing and kind is transformers.AutoModelForCausalLM:
+            raise UserError(
+                f"the files of the model {path} lack {len(missing)} weights, such as {missing[0]}"
             )
-            missing = sorted(found["missing_keys"])  # they would be random; of a critic its head is
-            if missing and kind is transformers.AutoModelForCausalLM:
-                raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
-    except Exception as e:  # as in check_model()
-        raise no_model(path, e)
-    frozen = not any(p.requires_grad for p in model.parameters())
-    if frozen or getattr(model.config, "quantization_config", None):
-        raise UserError(f"the model {path} is quantized or frozen; give one in whole weights")
+    if getattr(model.config, "quantization_config", None):
+        raise UserError(f"the model {name} is quantized; give one in whole weights")
     if model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # as in countdown_base()
     for module in model.modules():
         for key in vars(module):  # dropout and router noise have many names
             if isinstance(getattr(module, key), float) and re.search("drop|jitter|^p$", key):
                 setattr(module, key, 0.0)
-    if model.can_generate():
+    model.to(device).eval()
+    if kind is transformers.AutoModelForCausalLM:
         usual = model.generation_config  # its other settings may fail to save
         model.generation_config = transformers.GenerationConfig(
             eos_token_id=usual.eos_token_id, pad_token_id=usual.pad_token_id
         )
-    model.to(device).eval()
-    if kind is transformers.AutoModelForCausalLM:
         check_reading(model, name)
     return model, tokenizer
 
@@ -1111,18 +1066,15 @@ def check_reading(model, name):
     """
     words = model.get_input_embeddings().num_embeddings
     prompts = [[i % words for i in ids] for ids in ([4, 5, 6, 7, 8], [9, 10])]
-    gap = 0.0
     try:
         for response in rollout(model, prompts, [0, 1], 4, []):
             stats, _ = token_stats(model, [response], temperature=1.0)
-            logp = stats.logprobs[0].cpu()
-            gap = max(gap, (logp - torch.tensor(response.logp)).abs().max().item())
-        wrong = f"log-probs differ by {gap:.2g}" if gap > 0.01 else ""
+            gap = (stats.logprobs[0].cpu() - torch.tensor(response.logp)).abs().max()
+            if gap > 0.01:
+                raise ValueError(f"log-probs differ by {gap:.2g}")
     except (TypeError, AttributeError, LookupError, ValueError) as e:  # there is no such cache
-        wrong = first_line(e)
-    if wrong:
         raise UserError(
-            f"the model {name} cannot be read token by token ({wrong}); take a causal"
+            f"the model {name} cannot be read token by token ({first_line(e)}); take a causal"
             " language model whose layers keep keys and values, and no other state"
         )
 
@@ -1149,14 +1101,9 @@ def prompt_text(problem, tokenizer, cfg):
         asked[-1]["content"] += f"\n{instruction}"
     if cfg.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": cfg.system}, *messages]
-    if not tokenizer.chat_template:
-        if problem.messages or cfg.system:
-            raise UserError(
-                "chat messages and --system need a chat template, and the model's tokenizer has "
-                'none: give problems as text, with --system "", or another model'
-            )
+    if not (tokenizer.chat_template or problem.messages or cfg.system):
         return messages[0]["content"]
-    unfinished = ends_begun(messages)
+    unfinished = messages[-1]["role"] == "assistant"  # then a response goes on with that turn
     try:
         return tokenizer.apply_chat_template(
             messages,
@@ -1167,7 +1114,7 @@ def prompt_text(problem, tokenizer, cfg):
     except Exception as e:  # it is a program, and raises what it likes
         raise UserError(
             f"the model's chat template does not take the prompt {problem.question[:80]!r} "
-            f"({first_line(e)}); change --system or the messages in the data"
+            f"({first_line(e)}); change --system, the messages in the data, or the model"
         )
 
 
@@ -1196,9 +1143,6 @@ def encode_prompts(problems, model, tokenizer, cfg):
             f"left out: {len(problems) - len(kept)} of {len(problems)} problems, with prompts of "
             f"more than {cfg.max_prompt_tokens} tokens"
         )
-    repeated = len(kept) - len({tuple(p.prompt_ids) for p in kept})
-    if repeated:
-        say(f"{repeated} of {len(kept)} problems have the prompt of another: does it hold them?")
     longest = max(len(p.prompt_ids) for p in kept)
     if longest + cfg.max_new_tokens > limit:
         raise UserError(
