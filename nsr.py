@@ -1190,18 +1190,14 @@ def draw(logits, u, temperature, top_p):
 
 
 def padded(rows, device):
-    """(ids, mask) (B, T) int64 and bool: lists of token ids, padded on the right."""
-    rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    lengths = torch.tensor([[len(row)] for row in rows])
-    ids = pad_sequence(rows, batch_first=True)
-    mask = torch.arange(ids.shape[1]) < lengths  # from lengths, not ids: pad may equal eos
-    return ids.to(device), mask.to(device)
+    """Lists or tensors as one (B, T), padded on the right with 0."""
+    rows = [torch.as_tensor(row) for row in rows]
+    return pad_sequence(rows, batch_first=True).to(device)
 
 
 def padded_like(stats, responses, name):
     """The tensors of that name of responses as one (B, R), on the device of stats (B, R)."""
-    rows = [getattr(response, name) for response in responses]
-    return pad_sequence(rows, batch_first=True).to(stats.device)
+    return padded([getattr(response, name) for response in responses], stats.device)
 
 
 def split(items, size):
@@ -1212,14 +1208,13 @@ def split(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def mask_by_row(*, batch_size, kv_length, q_offset, mask_function, device, config, **_):
+def mask_by_row(*, kv_length, q_offset, mask_function, device, config, **_):
     """A mask of transformers, of whatever kind (causal, sliding), where rows differ in length.
 
     q_offset: (B,) int64, the column where each row's query stands. Returns (B, 1, 1, kv_length).
     """
     columns = torch.arange(kv_length, device=device)
     seen = mask_function(None, None, q_offset.view(-1, 1, 1, 1), columns)
-    seen = seen.expand(batch_size, 1, 1, kv_length)
     if config._attn_implementation == "eager":  # it adds the mask, the others take bool
         seen = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
     return seen
@@ -1237,7 +1232,7 @@ class Rows(transformers.Cache):
 
     def __init__(self, size, columns, max_new_tokens, stop_ids, device):
         super().__init__(layers=[])
-        self.kv = {}  # layer: (keys, values), each (size, heads, columns, head_dim)
+        self.kv = []  # of each layer keys and values, each (size, heads, columns, head_dim)
         self.columns = columns
         self.window = columns  # those that attention reads
         self.most = max_new_tokens
@@ -1254,9 +1249,10 @@ class Rows(transformers.Cache):
     # what transformers asks of a cache
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        for x, new in zip(self.kv[layer_idx], (keys, values)):
+        kept = self.kv[2 * layer_idx : 2 * layer_idx + 2]
+        for x, new in zip(kept, (keys, values)):
             x[self.row, :, self.at] = new[:, :, 0].to(x.dtype)
-        return [x[:, :, : self.window] for x in self.kv[layer_idx]]
+        return [x[:, :, : self.window] for x in kept]
 
     def get_query_offset(self, layer_idx=0):
         return self.at
@@ -1272,37 +1268,35 @@ class Rows(transformers.Cache):
         device, numbers = self.row.device, {}  # of the prompts, each of which is read once
         number = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
         rows, number = torch.tensor([rows, number], device=device)
-        ids, mask = padded(numbers, device)
-        end = mask.sum(1)[number] - 1  # the column of a prompt's last token
+        ids = padded(numbers, device)
         cache = transformers.DynamicCache()
         model.base_model(ids, cache=cache, use_cache=True)
-        for layer, read in enumerate(cache.layers):
-            for kept, new in zip(self.kv_of(layer, read), (read.keys, read.values)):
-                kept[rows, :, : ids.shape[1]] = new[number].to(kept.dtype)
+        read = []
+        for layer in cache.layers:
+            read += [layer.keys, layer.values]
+        self.kv = self.kv or [self.room_for(x) for x in read]
+        for kept, new in zip(self.kv, read):
+            kept[rows, :, : ids.shape[1]] = new[number].to(kept.dtype)
         u = np.stack([np.random.default_rng(seed).random(self.most + 1) for seed in seeds])
         self.u[rows] = torch.from_numpy(u).to(device)
         # the first step reads the prompt's last token again; what pads left in later columns is
         # overwritten before a row sees it
+        end = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         self.at[rows] = end
         self.last[rows] = ids[number, end]
         self.t[rows] = 0
         self.going[rows] = True
 
-    def kv_of(self, layer, like):
-        """The keys and values of a layer; at first zeros: what is masked must be finite.
+    def room_for(self, read):
+        """Zeros for keys or values like those read of a layer: what is masked must be finite.
 
-        In the dtype in which attention reads them: autocast's, where keys come in float32.
+        In the dtype in which attention reads them: autocast's, where they come in float32.
         """
-        if layer not in self.kv:
-            dtype, kind = like.keys.dtype, self.row.device.type
-            if torch.is_autocast_enabled(kind):
-                dtype = torch.get_autocast_dtype(kind)
-            shapes = [
-                (len(self.row), x.shape[1], self.columns, x.shape[3])
-                for x in (like.keys, like.values)
-            ]
-            self.kv[layer] = [like.keys.new_zeros(shape, dtype=dtype) for shape in shapes]
-        return self.kv[layer]
+        dtype, kind = read.dtype, read.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        shape = (len(self.row), read.shape[1], self.columns, read.shape[3])
+        return read.new_zeros(shape, dtype=dtype)
 
     def set_window(self, steps):
         """Have attention read the columns that the next steps may use, and few more.
@@ -1351,49 +1345,47 @@ def rollout(
 
     prompts: lists of token ids. seeds: ints in [0, 2**63); a response follows from its own,
     whatever else is in the batch. rollout_tokens: most tokens in the KV cache, prompts and what is
-    unused included. title: what the line that shows progress begins with; none without.
-    Raises UserError where the model's logits are not finite, and Stopped.
+    unused included. title: of the line that shows progress. Raises UserError where the model's
+    logits are not finite, and Stopped.
     """
     model.eval()
     columns = max(map(len, prompts), default=0) + max_new_tokens
     size = max(1, min(rollout_tokens // columns, len(prompts)))
     batch = Rows(size, columns, max_new_tokens, stop_ids, model.device)
     pause = 1 + max_new_tokens // 64  # steps between two looks at which rows have ended
-    owner = [None] * size  # the response that a row is for
-    responses, waiting = [None] * len(prompts), [*range(len(prompts))]
-    ended, tokens, started = 0, 0, time.time()
+    owner = {}  # {row: the response that it is for}
+    responses = [None] * len(prompts)
+    begun = ended = tokens = 0
+    started = time.time()
     while ended < len(prompts):
         if heard and WORLD_SIZE == 1:  # ranks stop after a step, together
             raise Stopped
-        free = [row for row in range(size) if owner[row] is None]
-        if waiting and 8 * len(free) >= size:
-            for rows in split(free[: len(waiting)], 1 + size // 2):
-                mine, waiting = waiting[: len(rows)], waiting[len(rows) :]
-                batch.fill(model, rows, [prompts[i] for i in mine], [seeds[i] for i in mine])
-                for row, i in zip(rows, mine):
-                    owner[row] = i
+        free = [row for row in range(size) if row not in owner]
+        if begun < len(prompts) and 8 * len(free) >= size:
+            for rows in split(free[: len(prompts) - begun], 1 + size // 2):
+                end = begun + len(rows)
+                batch.fill(model, rows, prompts[begun:end], seeds[begun:end])
+                owner.update(zip(rows, range(begun, end)))
+                begun = end
         batch.set_window(pause)
         before = batch.t.sum()
         for _ in range(pause):
             batch.step(model, temperature, top_p)
-        tokens += int(batch.t.sum() - before)
+        tokens += batch.t.sum() - before
         if batch.logp.isnan().any():
-            raise UserError(
-                "the model's logits are not finite: it has diverged, or its weights are damaged; "
-                "start again with a lower --lr, or another model"
-            )
+            raise UserError("the model's logits are not finite: start again with a lower --lr")
         going = batch.going.tolist()
-        done = [row for row in range(size) if owner[row] is not None and not going[row]]
+        done = [row for row in owner if not going[row]]
         drawn = (x[done].tolist() for x in (batch.t, batch.ids, batch.logp))
         for row, n, ids, logp in zip(done, *drawn):
-            i, owner[row] = owner[row], None
+            i = owner.pop(row)
             responses[i] = Response(prompts[i], ids[:n], logp[:n], ids[n - 1] in stop_ids)
         ended += len(done)
         if title and ended:
             seconds = time.time() - started
             left = duration(seconds / ended * (len(prompts) - ended))
-            said = f"{title}: {ended}/{len(prompts)} responses, {tokens / seconds:,.0f} tokens/s"
-            live(f"{said}, {left} left")
+            rate = f"{tokens / seconds:,.0f} tokens/s"
+            live(f"{title}: {ended}/{len(prompts)} responses, {rate}, {left} left")
     return responses
 
 
@@ -1426,13 +1418,15 @@ def read_responses(model, responses):
     and response, padded on the right, where no token looks: so it needs no mask of attention, and
     a GPU may take its fastest kernel.
     """
-    texts, _ = padded([r.prompt_ids + r.ids[:-1] for r in responses], model.device)
-    ids, loss_mask = padded([r.ids for r in responses], model.device)
+    texts = padded([r.prompt_ids + r.ids[:-1] for r in responses], model.device)
+    ids = padded([r.ids for r in responses], model.device)
+    number = torch.arange(ids.shape[1], device=ids.device)  # of a response token, from 0
+    lengths = torch.tensor([[len(r.ids)] for r in responses], device=ids.device)
+    loss_mask = number < lengths  # from lengths, not ids: pad may equal eos
+    last = torch.tensor([[len(r.prompt_ids) - 1] for r in responses], device=ids.device)
+    before = (last + number).clamp(max=texts.shape[1] - 1)
     found = model(texts, use_cache=False)[0]
-    before = torch.tensor([[len(r.prompt_ids) - 1] for r in responses])
-    before = (before + torch.arange(ids.shape[1])).clamp(max=texts.shape[1] - 1)
-    before = before.to(found.device)[..., None].expand(-1, -1, found.shape[-1])
-    return found.gather(1, before), ids, loss_mask
+    return found.take_along_dim(before[..., None], dim=1), ids, loss_mask
 
 
 @torch.no_grad()
@@ -1449,8 +1443,7 @@ def linear_head(model):
             hidden = model.base_model(ids, use_cache=False)[0]
             if type(head) is torch.nn.Linear and hidden.shape[-1] == head.in_features:
                 logits = model(ids, use_cache=False).logits
-                close = torch.allclose(head(hidden), logits, rtol=1e-5, atol=1e-5)
-                model.head_is_linear = close
+                model.head_is_linear = torch.allclose(head(hidden), logits, rtol=1e-5, atol=1e-5)
         if not model.head_is_linear:
             say("this model does more than a product to get its logits: they are held whole")
     return head if model.head_is_linear else None

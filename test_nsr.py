@@ -1373,7 +1373,7 @@ def test_masks_come_from_lengths_when_pad_is_eos(model):
         nsr.Response([5], [0], [], True),
         nsr.Response([6, 7], [8, 0, 9, 1], [], False),
     ]
-    ids, mask = nsr.padded([r.ids for r in responses], "cpu")
+    _, ids, mask = nsr.read_responses(model, responses)
     assert ids.tolist() == [[4, 0, 0, 0], [0, 0, 0, 0], [8, 0, 9, 1]]
     assert mask.int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
     stats, _ = nsr.token_stats(model, responses, 1.0)
@@ -1431,10 +1431,7 @@ def test_a_step_of_the_rollout_has_no_shape_that_depends_on_data(model):
         for name in names:
             value = getattr(batch, name)
             setattr(batch, name, torch.empty(value.shape, dtype=value.dtype))
-        batch.kv = {
-            layer: [torch.empty(x.shape, dtype=x.dtype) for x in pair]
-            for layer, pair in batch.kv.items()
-        }
+        batch.kv = [torch.empty(x.shape, dtype=x.dtype) for x in batch.kv]
         for top_p in (1.0, 0.9):
             batch.step(model, 0.7, top_p)  # raises where a value would be read
         with pytest.raises(Exception, match="[Dd]ata-dependent|_local_scalar_dense"):
