@@ -1515,10 +1515,8 @@ def pass_at_k(n, c, k):
     >>> pass_at_k(4, 1, 2)
     0.5
 
-    Raises ValueError unless 0 <= c <= n and 1 <= k <= n. arXiv:2107.03374 Eq. 1.
+    0 <= c <= n and 1 <= k <= n. arXiv:2107.03374 Eq. 1.
     """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)  # rounded once
 
 
@@ -1580,9 +1578,9 @@ def sample(run, purpose, problems, n):
 
 def evaluate(run):
     """Log and print Pass@k on held-out problems, if it is due at this step and not yet done."""
-    cfg, step, log = run.cfg, run.step, run.path / "metrics.jsonl"
+    cfg, step = run.cfg, run.step
     due = step in (0, cfg.steps) or cfg.eval_every and step % cfg.eval_every == 0
-    if not due or step in scores_of(log):
+    if not due or step in evaluations(run.path / "metrics.jsonl"):
         return
     share = {i: run.held_out[i] for i in range(RANK, len(run.held_out), WORLD_SIZE)}
     responses = sample(run, "evaluation", share, cfg.eval_samples)
@@ -1594,16 +1592,16 @@ def evaluate(run):
     for name in tallies[0]:
         row[name] = sum(t[name] for t in tallies) / len(tallies)
     log_metrics(run, row)
-    say(f"step {step}: {listed(scores_in(row))}")
+    say(f"step {step}: {listed(row)}")
     plot(run)
 
 
-def listed(scores):
+def listed(row):
     """
-    >>> listed({"Pass@1": 0.25, "Pass@2": 0.5})
+    >>> listed({"step": 0, "Pass@1": 0.25, "Pass@2": 0.5})
     'Pass@1 0.250, Pass@2 0.500'
     """
-    return ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+    return ", ".join(f"{name} {row[name]:.3f}" for name in row if name.startswith("Pass@"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1633,10 +1631,7 @@ class Run:
 
 def on_first_rank(body):
     """What body() returns on rank 0, on every rank; torchrun ends the others where it raises."""
-    result = [body() if RANK == 0 else None]
-    if WORLD_SIZE > 1:
-        torch.distributed.broadcast_object_list(result)
-    return result[0]
+    return gather([body()] if RANK == 0 else [])[0]
 
 
 def gather(values):
@@ -1672,13 +1667,10 @@ def first_line(error):
 
 def duration(seconds):
     """
-    >>> duration(75), duration(7500)
-    ('1m15s', '2h05m')
+    >>> duration(75.3)
+    '0:01:15'
     """
-    minutes, seconds = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{seconds:02}s"
-    return f"{minutes // 60}h{minutes % 60:02}m"
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 def say(text, end="\n"):
@@ -1731,25 +1723,25 @@ def whole_directory(path):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def step_of(checkpoint):
+    """After how many steps a checkpoint, such as step-00025, was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def checkpoints(path):
     """The checkpoints of the run in `path`, the newest last."""
-    return sorted(path.glob("step-*[0-9]"), key=lambda step: int(step.name.removeprefix("step-")))
-
-
-def run_directory(path):
-    """Path of the run that a path is of: of its directory, or of a checkpoint in it."""
-    path = Path(path)
-    return path.parent if re.fullmatch(r"step-\d+", path.name) else path
+    return sorted(path.glob("step-*[0-9]"), key=step_of)
 
 
 def config_of(name):
-    """(Config, content of config.json) of a run; (None, {}) where `name` is none."""
+    """(Config, content of config.json) of a run, or of a checkpoint's run; (None, {}) of none."""
+    path = Path(name)
+    if path.name.startswith("step-"):
+        path = path.parent
     try:
-        stored = json.loads((run_directory(name) / "config.json").read_text())
-        if "problems_sha1" not in stored:  # of a model another
-            return None, {}
+        stored = json.loads((path / "config.json").read_text())
         return Config(**{knob.name: stored[knob.name] for knob in fields(Config)}), stored
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):  # as where it is a model's
         return None, {}
 
 
@@ -1773,9 +1765,9 @@ def sound_checkpoints(run):
     collapsed = collapsed_steps(run)
     sound = []
     for checkpoint in checkpoints(run.path):
-        step = int(checkpoint.name.removeprefix("step-"))
+        step = step_of(checkpoint)
         # the policy of step-00025 is the one that samples the batch of step 26
-        if step not in collapsed and step + 1 not in collapsed:
+        if not collapsed & {step, step + 1}:
             sound.append(checkpoint)
     return sound
 
@@ -1817,14 +1809,11 @@ def save_checkpoint(run):
 
 def read_log(path):
     """The rows of a JSON Lines file, without a last line that was cut short by a kill."""
-    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
     try:
-        rows = [dict(json.loads(line)) for line in lines]
+        return [dict(json.loads(line)) for line in lines]
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged ({first_line(e)}); mend it, or move it away")
-    if last:
-        say(f"{path}: its last line was cut short, and is dropped")
-    return rows
 
 
 def write_log(path, rows):
@@ -1853,14 +1842,9 @@ def log_metrics(run, row):
         run.writer.flush()
 
 
-def scores_in(row):
-    """{"Pass@1": ..., ...} of a row of metrics.jsonl; {} of a training step's."""
-    return {name: value for name, value in row.items() if name.startswith("Pass@")}
-
-
-def scores_of(log):
-    """{step: {"Pass@1": ..., ...}} of a run's evaluations."""
-    return {row["step"]: scores_in(row) for row in read_log(log) if scores_in(row)}
+def evaluations(log):
+    """{step: row} of a run's metrics.jsonl, without the rows of training steps."""
+    return {row["step"]: row for row in read_log(log) if "Pass@1" in row}
 
 
 def log_step(run, responses, metrics):
@@ -1877,52 +1861,48 @@ def log_step(run, responses, metrics):
             "confidence": r.confidence.item(),
         }
     append_log(run.path / "samples.jsonl", *samples.values())
-    if RANK == 0:
-        for name, text in warnings_of(run, metrics, responses[-1]).items():
-            if name not in run.warned:
-                run.warned.add(name)
-                say(f"warning, step {run.step}: {text}")
+    for name, text in warnings_of(run, metrics, responses[-1]):
+        if name not in run.warned:
+            run.warned.add(name)
+            say(f"warning, step {run.step}: {text}")
 
 
 def warnings_of(run, m, last):
-    """{name: text} of what keeps a run from learning.
+    """Yields (name, text) of each thing that keeps a run from learning.
 
     m: metrics of a step (dict). last: one of its responses.
     """
-    found = {}
     if run.step in collapsed_steps(run):
-        found["collapsed"] = (
+        text = (
             f"the policy has collapsed: {m['correct']:.1%} correct, entropy {m['entropy']:.3f}; "
             "start anew with a lower --lr"
         )
         for sound in sound_checkpoints(run)[-1:]:
-            found["collapsed"] += f", or from before it, with --model {sound}"
+            text += f", or from before it, with --model {sound}"
+        yield "collapsed", text
     elif m["truncated"] > 0.5:
-        found["cut"] = (
-            "most responses are cut at --max-new-tokens, often before their answer: raise it"
-        )
+        yield "cut", "most are cut at --max-new-tokens, often before their answer: raise it"
     if m["boxed"] == 0 and not run.cfg.verifier:
         place = run.cfg.answer_pattern or r"\boxed{}"
-        found["box"] = (
+        yield (
+            "box",
             f"no response has an answer in {place}, so all count as incorrect: does the model "
-            "know this form of prompt, and is --max-new-tokens enough?"
+            "know this form of prompt, and is --max-new-tokens enough?",
         )
     elif m["correct"] == 0:
-        found["wrong"] = (
+        yield (
+            "wrong",
             f"all responses are incorrect; one ends {last.text[-80:]!r} where the answer is "
-            f"{last.problem.answer!r}"
+            f"{last.problem.answer!r}",
         )
-    if m["updates"] == 0:
-        found["idle"] = (
+    if m["grad_norm"] == 0:
+        yield (
+            "idle",
             f"{run.cfg.method} has nothing to learn from a batch with {m['correct']:.0%} correct "
-            "responses: every advantage is 0, and there was no update"
+            "responses: the gradient is exactly 0",
         )
-    elif m["grad_norm"] == 0:
-        found["still"] = "the gradient is exactly 0: the loss does not reach the model's weights"
     if m["rollout_gap"] > 0.1:
-        gap = m["rollout_gap"]
-        found["gap"] = f"log-probs of rollout and training pass differ by {gap:.2f}"
-    return found
+        yield "gap", f"log-probs of rollout and training pass differ by {m['rollout_gap']:.2f}"
 
 
 def print_step(m, left, header):
@@ -1930,7 +1910,7 @@ def print_step(m, left, header):
     if header:
         say(
             "   step    correct  length  cut  entropy  logp+  logp-   lam  beta   grad  clip   "
-            "tokens/s rollout update memory   left"
+            "tokens/s rollout update memory    left"
         )
     step = f"{m['step']:>5}/{m['steps']:<5}"
     right, wrong, lam, beta = (
@@ -1942,7 +1922,7 @@ def print_step(m, left, header):
         f"{m['entropy']:8.3f} {right:>6} {wrong:>6} {lam:>5} {beta:>5} "
         f"{m['grad_norm']:6.3f} {m['clip_frac']:5.1%} "
         f"{m['tokens'] / m['rollout_s']:10,.0f} {m['rollout_s']:6.2f}s {m['update_s']:5.2f}s "
-        f"{m['memory_gb']:4.1f}GB {duration(left):>6}"
+        f"{m['memory_gb']:4.1f}GB {duration(left):>7}"
     )
 
 
@@ -1961,12 +1941,12 @@ def plot(run):
         values = np.array([row[name] for row in steps], float)
         axis.plot([row["step"] for row in steps], values)
         axis.set(title=name, xlabel="step")
-    for step, scores in scores_of(log).items():
-        ks = [int(name.removeprefix("Pass@")) for name in scores]
-        last.semilogx(ks, [*scores.values()], ".-", base=2, label=f"step {step}")
+    for step, row in evaluations(log).items():
+        names = [name for name in row if name.startswith("Pass@")]
+        ks = [int(name.removeprefix("Pass@")) for name in names]
+        last.semilogx(ks, [row[name] for name in names], ".-", base=2, label=f"step {step}")
     last.set(title="Pass@k", xlabel="k")
-    if last.lines:
-        last.legend()
+    last.legend()
     figure.suptitle(f"{run.path.name}: {run.cfg.method} on {run.cfg.data}")
     figure.savefig(run.path / "curves.png")
 
@@ -2006,7 +1986,7 @@ def add_flags(parser, names):
     for knob in fields(Config):
         if knob.name not in names:
             continue
-        text = comments[knob.name].replace("%", "%%")
+        text = comments[knob.name]
         if knob.default not in ("", None, False):
             text += f" [{knob.default}]"
         flag = f"--{knob.name.replace('_', '-')}"
@@ -2028,9 +2008,7 @@ def pick_device(name):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError("there is no GPU that this torch can use")
-            if WORLD_SIZE > 1 or device.index is None:
+            if device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)  # kernels are launched on the current one
             torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a plan for every shape
@@ -2040,25 +2018,16 @@ def pick_device(name):
     return device
 
 
-def check_name(name):
-    """Raises UserError where out/NAME is taken, or is no directory in out/."""
-    if Path(name).name != name or name == ".." or not name.isprintable():
-        raise UserError(f"--name {name!r}: not a plain name for a directory in out/")
-    if name and Path("out", name).exists():
-        raise UserError(
-            f"--name {name}: out/{name} exists; choose another, or go on with that run: "
-            f"--resume out/{name}"
-        )
-
-
 def new_directory(cfg):
     """out/NAME of a new run: the name asked for, or the first free METHOD-1, METHOD-2, ..."""
     for i in itertools.count(1):
         path = Path("out", cfg.name or f"{cfg.method}-{i}")
-        with contextlib.suppress(FileExistsError):
+        try:
             path.mkdir(parents=True)
             return path
-        check_name(cfg.name)  # another process was faster
+        except FileExistsError:
+            if cfg.name:  # another process was faster
+                raise
 
 
 def settings(given):
@@ -2068,18 +2037,17 @@ def settings(given):
     """
     if "resume" not in given:
         cfg = resolve(given)
-        check_name(cfg.name)
+        path = Path("out", cfg.name)
+        if cfg.name and path.exists():
+            raise UserError(
+                f"--name {cfg.name}: {path} exists; choose another, or go on with that run: "
+                f"--resume {path}"
+            )
         return cfg, {}
-    path = run_directory(given["resume"])
+    path = Path(given["resume"])
     cfg, stored = config_of(path)
-    if not cfg:
-        raise UserError(f"--resume {path}: no run to go on with: no sound config.json of one there")
-    asked = Path(given["resume"])
-    if asked != path and asked not in checkpoints(path)[-1:]:
-        raise UserError(
-            f"--resume {asked}: a run goes on from its newest checkpoint: --resume {path}"
-        )
-    given["resume"] = str(path)
+    if not cfg or path in checkpoints(path.parent):
+        raise UserError(f"--resume {path}: not the directory of a run, such as out/a-nsr-1")
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')}"
         if name not in RESUMABLE.split() and value != getattr(cfg, name):
@@ -2138,12 +2106,12 @@ def dry_run(cfg):
         f"be; KV cache of {run.rollout_tokens:,} tokens"
     )
     while run.step < cfg.steps:
-        started = time.time()
-        _, metrics = take_step(run)
-        print_step(metrics, left=(2 - run.step) * (time.time() - started), header=run.step == 1)
-        names = ("rollout", "score", "update")
-        phases = ", ".join(f"{name} {metrics[f'{name}_s']:.1f} s" for name in names)
-        say(f"{phases}; peak memory {peak_memory(run.model.device):.1f} GB")
+        _, m = take_step(run)
+        say(
+            f"step {run.step}: rollout {m['rollout_s']:.1f} s "
+            f"({m['tokens'] / m['rollout_s']:,.0f} tokens/s), score {m['score_s']:.1f} s, "
+            f"update {m['update_s']:.1f} s; peak memory {m['memory_gb']:.1f} GB"
+        )
 
 
 def restore(run, checkpoint):
@@ -2164,11 +2132,9 @@ def restore(run, checkpoint):
 
 def open_run(cfg, stored):
     """The Run of these settings, new or to go on with. Raises UserError."""
-    path = Path(cfg.resume)
-    Path("out").mkdir(exist_ok=True)  # where that fails, before any work is done
-    held = lock(path / "run.lock") if stored and RANK == 0 else None
-    saved = checkpoints(path) if stored else []
-    check_model(saved[-1] if saved else cfg.model)
+    saved = checkpoints(Path(cfg.resume)) if stored else []
+    name = saved[-1] if saved else cfg.model
+    check_model(name)
     problems, held_out = load_problems(cfg)
     if len(problems) < cfg.prompts or not held_out:
         raise UserError(
@@ -2180,30 +2146,32 @@ def open_run(cfg, stored):
     sha1 = hashlib.sha1(repr(texts).encode()).hexdigest()
     if stored and stored["problems_sha1"] != sha1:
         raise UserError(
-            f"--resume {path}: {cfg.data} no longer holds the problems that the run began with; "
-            "put them back, or start a new run"
+            f"{cfg.data} no longer holds the problems that the run began with; put them back, or "
+            "start a new run"
         )
-    run = build_run(cfg, path if saved else cfg.model)
-    run.lock = held
+    run = build_run(cfg, name)
     run.problems = encode_prompts(problems, run.model, run.tokenizer, cfg)
     run.held_out = encode_prompts(held_out[: cfg.eval_problems], run.model, run.tokenizer, cfg)
     if saved:
-        restore(run, saved[-1])
+        restore(run, name)
 
     def begin():
         """A new directory; or that of the run, its logs without what came after the checkpoint."""
         if not stored:
-            packages = {"torch": torch, "transformers": transformers, "numpy": np}
-            versions = {name: module.__version__ for name, module in packages.items()}
-            stored.update(versions, problems_sha1=sha1)
             cfg.resume = str(new_directory(cfg))
-            run.lock = lock(Path(cfg.resume, "run.lock"))
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            log = Path(cfg.resume, name)
+        path = Path(cfg.resume)
+        run.lock = lock(path / "run.lock")
+        for log in (path / "metrics.jsonl", path / "samples.jsonl"):
             write_log(log, [row for row in read_log(log) if row["step"] <= run.step])
-        content = json.dumps(stored | asdict(cfg), indent=1)
-        write_whole(Path(cfg.resume, "config.json"), content.encode())
-        return Path(cfg.resume)
+        made_by = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+            "problems_sha1": sha1,
+        }
+        content = json.dumps(asdict(cfg) | made_by, indent=1)
+        write_whole(path / "config.json", content.encode())
+        return path
 
     run.path = on_first_rank(begin)
     return run
@@ -2216,42 +2184,31 @@ def command(body):
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
     try:
         return body()
-    except UserError as e:
-        message = "" if RANK else str(e)  # rank 0 says it for all
+    except (UserError, OSError) as e:  # the latter: no space, no permission, a name too long
+        message = str(e)
     except torch.OutOfMemoryError:
         message = (
             "out of memory; lower --micro-tokens or --rollout-tokens (a run that has begun goes on "
             "with --resume)"
         )
-    except OSError as e:  # no space, no permission, a name that the file system does not take
-        message = str(e)
-    except RuntimeError as e:
-        if WORLD_SIZE == 1 or not (isinstance(e, torch.distributed.DistError) or "gloo" in str(e)):
-            raise
-        message = (
-            f"rank {RANK} lost the others ({first_line(e)}); what is saved is sound: go on "
-            "with --resume"
-        )
     except KeyboardInterrupt:
         print("\nstopped; nothing is lost that was saved", file=sys.stderr)
         return 130
-    if message:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def describe(run):
     """Say what a run is about to do, and what the model will read first."""
     cfg = run.cfg
-    size = sum(p.numel() for p in run.model.parameters())
+    size = run.model.num_parameters()
     say(
         f"{cfg.method}, preset {cfg.preset}: {cfg.steps} steps of {cfg.prompts} x "
         f"{cfg.group_size} responses: {cfg.model} ({size:,} parameters, {run.model.device}) on "
         f"{cfg.data} ({len(run.problems):,} problems), into {run.path}"
     )
-    form = "in the model's chat template" if run.tokenizer.chat_template else "as plain text"
     prompt = run.tokenizer.decode(run.problems[0].prompt_ids)
-    say(f"prompts are put {form}; the first, with special tokens: {prompt!r}")
+    say(f"the first prompt, with special tokens: {prompt!r}")
 
 
 def main():
@@ -2259,8 +2216,6 @@ def main():
     given = parse_flags(sys.argv[1:])
     cfg, stored = settings(given)  # errors before the ranks wait for each other
     if WORLD_SIZE > 1:
-        if "MASTER_ADDR" not in os.environ:
-            raise UserError("WORLD_SIZE is set, MASTER_ADDR is not: start with torchrun")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend)
     if cfg.dry_run:
@@ -2269,8 +2224,7 @@ def main():
     run = open_run(cfg, stored)
     describe(run)
     for s in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(s) != signal.SIG_IGN:  # as under nohup
-            signal.signal(s, hear)
+        signal.signal(s, hear)
     try:
         train(run)
     except Stopped:
@@ -2290,14 +2244,12 @@ def main():
     if WORLD_SIZE > 1:  # else a rank that ends while another still listens is aborted
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    scores = scores_of(run.path / "metrics.jsonl")
     say(
         f"\nOn {len(run.held_out)} held-out problems, {cfg.eval_samples} responses to each, at "
         f"temperature {cfg.temperature:g}:"
     )
-    for name, step in (("base", 0), (cfg.method, cfg.steps)):
-        if step in scores:  # a log may have lost step 0
-            say(f"{name:12}{listed(scores[step])}")
+    for step, row in evaluations(run.path / "metrics.jsonl").items():
+        say(f"after step {step:<6}{listed(row)}")
     say(
         f"\nIn {run.path}: curves.png, metrics.jsonl, samples.jsonl, config.json, and the model in "
         f"step-{cfg.steps:05}"
