@@ -1813,7 +1813,7 @@ def write_log(path, rows):
 def append_log(path, *rows):
     """Add rows (dicts) to a JSON Lines file; rank 0 does."""
     if RANK == 0:
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -1870,7 +1870,7 @@ def warnings_of(run, m, last):
             text += f", or from before it, with --model {sound}"
         yield "collapsed", text
     elif m["truncated"] > 0.5:
-        yield "cut", "most are cut at --max-new-tokens, often before their answer: raise it"
+        yield "cut", "most responses are cut at --max-new-tokens, before their answer: raise it"
     if m["boxed"] == 0 and not run.cfg.verifier:
         place = run.cfg.answer_pattern or r"\boxed{}"
         yield (
@@ -2190,11 +2190,10 @@ def command(body):
 def describe(run):
     """Say what a run is about to do, and what the model will read first."""
     cfg = run.cfg
-    size = run.model.num_parameters()
     say(
         f"{cfg.method}, preset {cfg.preset}: {cfg.steps} steps of {cfg.prompts} x "
-        f"{cfg.group_size} responses: {cfg.model} ({size:,} parameters, {run.model.device}) on "
-        f"{cfg.data} ({len(run.problems):,} problems), into {run.path}"
+        f"{cfg.group_size} responses: {cfg.model} ({run.model.num_parameters():,} parameters, "
+        f"{run.model.device}) on {cfg.data} ({len(run.problems):,} problems), into {run.path}"
     )
     prompt = run.tokenizer.decode(run.problems[0].prompt_ids)
     say(f"the first prompt, with special tokens: {prompt!r}")
