@@ -33,6 +33,7 @@ import cmath
 import collections
 import contextlib
 import csv
+import datetime
 import fcntl
 import hashlib
 import importlib.util
@@ -47,11 +48,11 @@ import os
 import pkgutil
 import random
 import resource
+import runpy
 import shutil
 import signal
 import sys
 import time
-import traceback
 import unicodedata
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields
@@ -537,16 +538,10 @@ def check(cfg):
     """Raises UserError where a setting is out of range or two do not fit together."""
     for name, value in asdict(cfg).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag}: must be finite")
-        if name in ABOVE_ZERO and value <= 0:
-            raise UserError(f"{flag}: must be above 0")
-        if isinstance(value, (int, float)) and value < 0:
-            raise UserError(f"{flag}: must not be below 0")
-    if cfg.gpu_memory_utilization > 1:
-        raise UserError(
-            f"--gpu-memory-utilization {cfg.gpu_memory_utilization}: is a share, 1 at most"
-        )
+        if name in ABOVE_ZERO and not 0 < value < math.inf:
+            raise UserError(f"{flag}: must be a number above 0")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise UserError(f"{flag}: must be a number, and not below 0")
     check_pattern(cfg.answer_pattern)
     if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: pip install tensorboard")
@@ -593,55 +588,47 @@ QUESTION_KEYS = "problem question prompt content messages input".split()
 ANSWER_KEYS = (
     "answer final_answer Answer reward_model.ground_truth ground_truth label target output"
 ).split()
-GITHUB = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/main/evaluation/data"
-DOWNLOADS = {  # name: (address, git blob id; the hub has its own sums)
-    "math-train": (f"{GITHUB}/math/train.jsonl", "47bc5462da8374bdcf53a7339bd48a7e28567676"),
-    "math-test": (f"{GITHUB}/math/test.jsonl", "9ef3334841057f53caac5522332e38391d3fb33b"),
-    "amc23": (f"{GITHUB}/amc23/test.jsonl", "6894ad7c49a0b3a64210af32954f4d049d934ea0"),
-    "aime2025": ("hf://datasets/math-ai/aime25/test.jsonl", None),
-    "math500": ("hf://datasets/HuggingFaceH4/MATH-500/test.jsonl", None),
+GITHUB = (  # a commit, so that what a name stands for never changes
+    "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/"
+    "a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
+)
+DOWNLOADS = {
+    "math-train": f"{GITHUB}/math/train.jsonl",
+    "math-test": f"{GITHUB}/math/test.jsonl",
+    "amc23": f"{GITHUB}/amc23/test.jsonl",
+    "aime2025": "hf://datasets/math-ai/aime25/test.jsonl",
+    "math500": "hf://datasets/HuggingFaceH4/MATH-500/test.jsonl",
 }
 
 
 def fetch(name):
-    """Path of the problem file `name`, downloaded if need be. Raises UserError."""
-    address, blob_id = DOWNLOADS.get(name, (name, None))
-    try:
-        if address.startswith("hf://datasets/"):
-            from huggingface_hub import hf_hub_download
+    """Path of the problem file `name`, downloaded if need be."""
+    address = DOWNLOADS.get(name, name)
+    if address.startswith("hf://datasets/"):
+        from huggingface_hub import hf_hub_download
 
-            owner, repo, file = address.removeprefix("hf://datasets/").split("/", 2)
-            return Path(hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset"))
-        if blob_id is None:
-            return Path(name)
-        path = Path("out/data", f"{name}.jsonl")
-        if not path.exists():
-            content = urllib.request.urlopen(address, timeout=60).read()
-            if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
-                raise ValueError("the file there is not the one that it was")
-            write_whole(path, content)
-        return path
-    except Exception as e:  # the hub's client raises dozens of types; all mean: no file
-        raise UserError(
-            f"cannot get {name} from {address} ({first_line(e)}); give a JSON Lines file of your "
-            "own"
-        )
+        owner, repo, file = address.removeprefix("hf://datasets/").split("/", 2)
+        return Path(hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset"))
+    if address == name:
+        return Path(name)
+    path = Path("out/data", f"{name}.jsonl")
+    if not path.exists():
+        write_whole(path, urllib.request.urlopen(address, timeout=60).read())
+    return path
 
 
 def read_rows(path):
-    """("row", dicts) of a JSON array, CSV or Parquet; ("line", lines) of JSON Lines."""
+    """The rows (dicts) of a JSON array, CSV or Parquet; the lines (str) of JSON Lines."""
     if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise UserError(f"{path}: Parquet is read by pyarrow: pip install pyarrow")
-        return "row", parquet.read_table(path).to_pylist()
+        from pyarrow import parquet
+
+        return parquet.read_table(path).to_pylist()
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".csv":
-        return "row", csv.DictReader(io.StringIO(text, newline=""))
+        return csv.DictReader(io.StringIO(text))
     if text.lstrip().startswith("["):
-        return "row", json.loads(text)
-    return "line", text.split("\n")
+        return json.loads(text)
+    return text.split("\n")
 
 
 def parse_problem(row, question_key="", answer_key="", as_is=False):
@@ -674,7 +661,6 @@ def parse_problem(row, question_key="", answer_key="", as_is=False):
         problem.answer = answer if isinstance(answer, str) else json.dumps(answer)
     if problem.messages:  # a chat brings its own instruction
         problem.instruction = ""
-    (problem.question + problem.answer).encode()  # half a character raises
     tags = {"level": row.get("level"), "subject": first_of(row, ("subject", "type"))}
     problem.tags = {name: str(tag) for name, tag in tags.items() if tag}
     return problem
@@ -690,11 +676,6 @@ def set_answer(problem, answer):
         problem.instruction, problem.verify = COUNTDOWN, verify_countdown
     answers = answer if isinstance(answer, list) else [answer]
     problem.answer = ", ".join(map(clean_answer, answers))
-
-
-def ends_begun(messages):
-    """Whether the last turn of a chat is the assistant's, which a response then goes on with."""
-    return messages[-1]["role"] == "assistant"
 
 
 def first_of(row, names):
@@ -714,12 +695,12 @@ def first_of(row, names):
 
 def chat_message(message):
     """A chat message (dict) whose content is one text; it may be a list of parts."""
-    content = message.get("content") if isinstance(message, dict) else None
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    content = message["content"]
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
         raise ValueError("a chat message needs content that is text")
-    return {"role": "user"} | message | {"content": "".join(texts)}
+    return {"role": "user"} | message | {"content": content}
 
 
 def clean_answer(answer):
@@ -731,8 +712,8 @@ def clean_answer(answer):
     """
     if answer is None:
         return ""
-    number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    if not isinstance(answer, str) and not (number and math.isfinite(answer)):
+    finite = isinstance(answer, float) and math.isfinite(answer)
+    if type(answer) not in (str, int) and not finite:  # a bool is neither
         raise ValueError(f"the answer {answer!r} is neither text nor a number")
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
@@ -745,43 +726,32 @@ def read_problems(name, cfg=Config()):
     if name in TASKS:
         return countdown_problems(name)
     keys = ("", "") if name in DOWNLOADS else (cfg.question_key, cfg.answer_key)
-    problems, place, number = {}, "", 0
-    unanswered = repeated = other = 0
+    problems = {}
+    number = unanswered = repeated = 0
     try:
-        place, rows = read_rows(fetch(name))
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(read_rows(fetch(name)), 1):
             if isinstance(row, str):
                 if not row.strip():
                     continue
                 row = json.loads(row)
-            if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
             problem = parse_problem(row, *keys, as_is=bool(cfg.verifier))
             if not problem.answer:
                 unanswered += 1
-                continue
-            first = problems.setdefault(problem.question, problem)
-            repeated += first is not problem
-            other += first.answer != problem.answer
-    except (OSError, ValueError, TypeError, LookupError, RecursionError, csv.Error) as e:
-        place = f", {place} {number}" if number else ""
+            elif problem.question in problems:
+                repeated += 1
+            else:
+                problems[problem.question] = problem
+    except Exception as e:  # of files, formats and the hub's client, which raise dozens of types
+        place = f", row {number}" if number else ""
         raise UserError(
-            f"{name}{place}: {first_line(e)}; --data takes JSON Lines, a JSON array, CSV or "
-            f"Parquet, or one of countdown, {', '.join(DOWNLOADS)}"
+            f"{name}{place}: {first_line(e)}; --data takes JSON Lines, a JSON array, CSV, Parquet "
+            f"(pip install pyarrow), or one of countdown, {', '.join(DOWNLOADS)}"
         )
-    if unanswered:
+    if unanswered or repeated:
         say(
             f"{name}: left out {unanswered} rows without an answer in "
-            f"{keys[1] or ', '.join(ANSWER_KEYS)}"
+            f"{keys[1] or ', '.join(ANSWER_KEYS)}, and {repeated} that repeat a question"
         )
-    if repeated:
-        say(
-            f"{name}: left out {repeated} rows that repeat a question, {other} of them with another "
-            "answer"
-        )
-    begun = sum(ends_begun(p.messages) for p in problems.values() if p.messages)
-    if begun:
-        say(f"{name}: {begun} chats end with the assistant's turn, which the response goes on with")
     if not problems:
         raise UserError(f"{name} holds no problems with an answer; --answer-key says where it is")
     return list(problems.values())
@@ -815,26 +785,23 @@ def load_verifier(name):
     """The function of FILE.py:FUNCTION as a Problem's verify. Raises UserError."""
     file, _, function = name.rpartition(":")
     try:
-        if not file.endswith(".py"):
-            raise ValueError("no Python file")
-        spec = importlib.util.spec_from_file_location("verifier", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        body = getattr(module, function)
+        body = runpy.run_path(file)[function]
     except (Exception, SystemExit) as e:  # it is a program of the user's
         raise UserError(f"--verifier {name}: {first_line(e)}; give FILE.py:FUNCTION")
 
     def checked(response, answer, pattern=""):
-        wrong = ""
         try:
             verdict = body(response, answer)
-            if verdict not in (True, False):
-                wrong = f"returned {verdict!r}, neither True nor False"
         except (Exception, SystemExit) as e:
-            line = traceback.extract_tb(e.__traceback__)[-1].lineno
-            wrong = f"raised {type(e).__name__} in line {line}: {first_line(e)}"
-        if wrong:
-            raise UserError(f"--verifier {name} {wrong}, for the response {response!r}")
+            raise UserError(
+                f"--verifier {name} raised {type(e).__name__}: {first_line(e)}, for the response "
+                f"{response!r}"
+            )
+        if verdict not in (True, False):
+            raise UserError(
+                f"--verifier {name} returned {verdict!r}, neither True nor False, for the response "
+                f"{response!r}"
+            )
         return bool(verdict)
 
     return checked
@@ -843,10 +810,9 @@ def load_verifier(name):
 def say_unread(problems):
     """Say how many gold answers the verifier can only compare letter by letter."""
     unread = []
-    for p in problems:
-        if p.verify is verify:
-            if parse_answer(p.answer) is None or not verify(f"\\boxed{{{p.answer}}}", p.answer):
-                unread.append(p.answer)
+    for problem in problems:
+        if problem.verify is verify and parse_answer(problem.answer) is None:
+            unread.append(problem.answer)
     if unread:
         say(
             f"{len(unread)} of {len(problems)} gold answers are beyond the verifier, such as "
@@ -989,7 +955,7 @@ def countdown_base(task):
 
 def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
     """Supervised training on random correct expressions of problems that are not held out."""
-    rng, started = random.Random(0), time.time()
+    rng = random.Random(0)
     held_out = {p.question for p in load_problems(Config(data=task))[1]}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
@@ -1008,8 +974,7 @@ def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        left = (time.time() - started) / (step + 1) * (steps - step - 1)
-        live(f"base policy: step {step + 1}/{steps}, {duration(left)} left")
+        live(f"base policy: step {step + 1} of {steps}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1017,37 +982,27 @@ def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
 
 
 def model_path(name):
-    """Where a model's files are: in the newest checkpoint of a run, in a directory, on the hub.
-
-    Raises UserError where the name can only be that of a directory, and there is none.
-    """
-    if re.match(r"[./~]|out/|.*/.*/", str(name)) and not Path(name).is_dir():
-        raise UserError(f"no model directory {name}; give one, or a hub name")
+    """Where a model's files are: in the newest checkpoint of a run, in a directory, on the hub."""
     return (checkpoints(Path(name)) or [name])[-1]
 
 
-def no_model(path, error):
-    """The UserError for a model that cannot be loaded."""
-    return UserError(
-        f"cannot load the model {path} ({first_line(error)}); give a model directory, or a hub "
-        "name and the network that it takes; of an adapter, the model that it is merged into"
-    )
+def pretrained(kind, path, **options):
+    """kind.from_pretrained(path, ...) of a class of transformers. Raises UserError."""
+    try:
+        return kind.from_pretrained(path, **options)
+    except Exception as e:  # files, formats and hub have no common error; all mean: no model
+        raise UserError(
+            f"cannot load the model {path} ({first_line(e)}); give a model directory, or a hub "
+            "name and the network that it takes; of a LoRA adapter, the base model that it is "
+            "merged into by peft's merge_and_unload()"
+        )
 
 
 def check_model(name):
-    """Raises UserError where there is no model of that name, or only an adapter to one."""
-    path = model_path(name)
+    """The config of a model. Raises UserError where there is no model of that name."""
     if name in TASKS:
-        return
-    if Path(path, "adapter_config.json").exists():
-        raise UserError(
-            f"{path} is an adapter (LoRA): merge it into its base model first, by peft's "
-            "merge_and_unload(), and give the directory of the whole"
-        )
-    try:
-        transformers.AutoConfig.from_pretrained(path)
-    except Exception as e:  # files, formats and hub have no common error; all mean: no model
-        raise no_model(path, e)
+        return countdown_config()
+    return pretrained(transformers.AutoConfig, model_path(name))
 
 
 def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=False, **options):
@@ -1056,48 +1011,40 @@ def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=
     The model is in float32, without dropout: rollout and training pass see one policy.
     shape_only: with random weights, and with the tokenizer of countdown. Raises UserError.
     """
-    if name in TASKS and not shape_only:
-        path = on_first_rank(partial(countdown_base, name))
+    if shape_only:
+        tokenizer = countdown_tokenizer()
+        config = QWEN_MATH_SHAPE  # without a download
+        if name not in QWEN_MATH.split():
+            config = check_model(name)
+        config.update(options)
+        model = kind.from_config(config, dtype=torch.float32)
     else:
         path = model_path(name)
-    try:
-        if shape_only:
-            tokenizer = countdown_tokenizer()
-            if name in TASKS:
-                config = countdown_config()
-            elif name in QWEN_MATH.split():
-                config = QWEN_MATH_SHAPE
-            else:
-                config = transformers.AutoConfig.from_pretrained(path)
-            for option, value in options.items():
-                setattr(config, option, value)
-            model = kind.from_config(config, dtype=torch.float32)
-        else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            model, found = kind.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True, **options
+        if name in TASKS:
+            path = on_first_rank(partial(countdown_base, name))
+        tokenizer = pretrained(transformers.AutoTokenizer, path)
+        model, found = pretrained(
+            kind, path, dtype=torch.float32, output_loading_info=True, **options
+        )
+        missing = sorted(found["missing_keys"])  # they would be random; of a critic its head is
+        if missing and kind is transformers.AutoModelForCausalLM:
+            raise UserError(
+                f"the files of the model {path} lack {len(missing)} weights, such as {missing[0]}"
             )
-            missing = sorted(found["missing_keys"])  # they would be random; of a critic its head is
-            if missing and kind is transformers.AutoModelForCausalLM:
-                raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
-    except Exception as e:  # as in check_model()
-        raise no_model(path, e)
-    frozen = not any(p.requires_grad for p in model.parameters())
-    if frozen or getattr(model.config, "quantization_config", None):
-        raise UserError(f"the model {path} is quantized or frozen; give one in whole weights")
+    if getattr(model.config, "quantization_config", None):
+        raise UserError(f"the model {name} is quantized; give one in whole weights")
     if model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # as in countdown_base()
     for module in model.modules():
         for key in vars(module):  # dropout and router noise have many names
             if isinstance(getattr(module, key), float) and re.search("drop|jitter|^p$", key):
                 setattr(module, key, 0.0)
-    if model.can_generate():
+    model.to(device).eval()
+    if kind is transformers.AutoModelForCausalLM:
         usual = model.generation_config  # its other settings may fail to save
         model.generation_config = transformers.GenerationConfig(
             eos_token_id=usual.eos_token_id, pad_token_id=usual.pad_token_id
         )
-    model.to(device).eval()
-    if kind is transformers.AutoModelForCausalLM:
         check_reading(model, name)
     return model, tokenizer
 
@@ -1108,20 +1055,15 @@ def check_reading(model, name):
 
     Recurrent layers keep a state and no keys and values; models that are not causal look ahead.
     """
-    words = model.get_input_embeddings().num_embeddings
-    prompts = [[i % words for i in ids] for ids in ([4, 5, 6, 7, 8], [9, 10])]
-    gap = 0.0
     try:
-        for response in rollout(model, prompts, [0, 1], 4, []):
+        for response in rollout(model, [[4, 5, 6, 7, 8], [2, 3]], [0, 1], 4, []):
             stats, _ = token_stats(model, [response], temperature=1.0)
-            logp = stats.logprobs[0].cpu()
-            gap = max(gap, (logp - torch.tensor(response.logp)).abs().max().item())
-        wrong = f"log-probs differ by {gap:.2g}" if gap > 0.01 else ""
+            gap = (stats.logprobs[0].cpu() - torch.tensor(response.logp)).abs().max()
+            if gap > 0.01:
+                raise ValueError(f"log-probs differ by {gap:.2g}")
     except (TypeError, AttributeError, LookupError, ValueError) as e:  # there is no such cache
-        wrong = first_line(e)
-    if wrong:
         raise UserError(
-            f"the model {name} cannot be read token by token ({wrong}); take a causal"
+            f"the model {name} cannot be read token by token ({first_line(e)}); take a causal"
             " language model whose layers keep keys and values, and no other state"
         )
 
@@ -1148,14 +1090,9 @@ def prompt_text(problem, tokenizer, cfg):
         asked[-1]["content"] += f"\n{instruction}"
     if cfg.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": cfg.system}, *messages]
-    if not tokenizer.chat_template:
-        if problem.messages or cfg.system:
-            raise UserError(
-                "chat messages and --system need a chat template, and the model's tokenizer has "
-                'none: give problems as text, with --system "", or another model'
-            )
+    if not (tokenizer.chat_template or problem.messages or cfg.system):
         return messages[0]["content"]
-    unfinished = ends_begun(messages)
+    unfinished = messages[-1]["role"] == "assistant"  # then a response goes on with that turn
     try:
         return tokenizer.apply_chat_template(
             messages,
@@ -1166,7 +1103,7 @@ def prompt_text(problem, tokenizer, cfg):
     except Exception as e:  # it is a program, and raises what it likes
         raise UserError(
             f"the model's chat template does not take the prompt {problem.question[:80]!r} "
-            f"({first_line(e)}); change --system or the messages in the data"
+            f"({first_line(e)}); change --system, the messages in the data, or the model"
         )
 
 
@@ -1195,9 +1132,6 @@ def encode_prompts(problems, model, tokenizer, cfg):
             f"left out: {len(problems) - len(kept)} of {len(problems)} problems, with prompts of "
             f"more than {cfg.max_prompt_tokens} tokens"
         )
-    repeated = len(kept) - len({tuple(p.prompt_ids) for p in kept})
-    if repeated:
-        say(f"{repeated} of {len(kept)} problems have the prompt of another: does it hold them?")
     longest = max(len(p.prompt_ids) for p in kept)
     if longest + cfg.max_new_tokens > limit:
         raise UserError(
@@ -1245,18 +1179,14 @@ def draw(logits, u, temperature, top_p):
 
 
 def padded(rows, device):
-    """(ids, mask) (B, T) int64 and bool: lists of token ids, padded on the right."""
-    rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    lengths = torch.tensor([[len(row)] for row in rows])
-    ids = pad_sequence(rows, batch_first=True)
-    mask = torch.arange(ids.shape[1]) < lengths  # from lengths, not ids: pad may equal eos
-    return ids.to(device), mask.to(device)
+    """Lists or tensors as one (B, T), padded on the right with 0."""
+    rows = [torch.as_tensor(row) for row in rows]
+    return pad_sequence(rows, batch_first=True).to(device)
 
 
 def padded_like(stats, responses, name):
     """The tensors of that name of responses as one (B, R), on the device of stats (B, R)."""
-    rows = [getattr(response, name) for response in responses]
-    return pad_sequence(rows, batch_first=True).to(stats.device)
+    return padded([getattr(response, name) for response in responses], stats.device)
 
 
 def split(items, size):
@@ -1267,14 +1197,13 @@ def split(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def mask_by_row(*, batch_size, kv_length, q_offset, mask_function, device, config, **_):
+def mask_by_row(*, kv_length, q_offset, mask_function, device, config, **_):
     """A mask of transformers, of whatever kind (causal, sliding), where rows differ in length.
 
     q_offset: (B,) int64, the column where each row's query stands. Returns (B, 1, 1, kv_length).
     """
     columns = torch.arange(kv_length, device=device)
     seen = mask_function(None, None, q_offset.view(-1, 1, 1, 1), columns)
-    seen = seen.expand(batch_size, 1, 1, kv_length)
     if config._attn_implementation == "eager":  # it adds the mask, the others take bool
         seen = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
     return seen
@@ -1292,7 +1221,7 @@ class Rows(transformers.Cache):
 
     def __init__(self, size, columns, max_new_tokens, stop_ids, device):
         super().__init__(layers=[])
-        self.kv = {}  # layer: (keys, values), each (size, heads, columns, head_dim)
+        self.kv = []  # of each layer keys and values, each (size, heads, columns, head_dim)
         self.columns = columns
         self.window = columns  # those that attention reads
         self.most = max_new_tokens
@@ -1309,9 +1238,10 @@ class Rows(transformers.Cache):
     # what transformers asks of a cache
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        for x, new in zip(self.kv[layer_idx], (keys, values)):
+        kept = self.kv[2 * layer_idx : 2 * layer_idx + 2]
+        for x, new in zip(kept, (keys, values)):
             x[self.row, :, self.at] = new[:, :, 0].to(x.dtype)
-        return [x[:, :, : self.window] for x in self.kv[layer_idx]]
+        return [x[:, :, : self.window] for x in kept]
 
     def get_query_offset(self, layer_idx=0):
         return self.at
@@ -1327,37 +1257,35 @@ class Rows(transformers.Cache):
         device, numbers = self.row.device, {}  # of the prompts, each of which is read once
         number = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
         rows, number = torch.tensor([rows, number], device=device)
-        ids, mask = padded(numbers, device)
-        end = mask.sum(1)[number] - 1  # the column of a prompt's last token
+        ids = padded(numbers, device)
         cache = transformers.DynamicCache()
         model.base_model(ids, cache=cache, use_cache=True)
-        for layer, read in enumerate(cache.layers):
-            for kept, new in zip(self.kv_of(layer, read), (read.keys, read.values)):
-                kept[rows, :, : ids.shape[1]] = new[number].to(kept.dtype)
+        read = []
+        for layer in cache.layers:
+            read += [layer.keys, layer.values]
+        self.kv = self.kv or [self.room_for(x) for x in read]
+        for kept, new in zip(self.kv, read):
+            kept[rows, :, : ids.shape[1]] = new[number].to(kept.dtype)
         u = np.stack([np.random.default_rng(seed).random(self.most + 1) for seed in seeds])
         self.u[rows] = torch.from_numpy(u).to(device)
         # the first step reads the prompt's last token again; what pads left in later columns is
         # overwritten before a row sees it
+        end = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         self.at[rows] = end
         self.last[rows] = ids[number, end]
         self.t[rows] = 0
         self.going[rows] = True
 
-    def kv_of(self, layer, like):
-        """The keys and values of a layer; at first zeros: what is masked must be finite.
+    def room_for(self, read):
+        """Zeros for keys or values like those read of a layer: what is masked must be finite.
 
-        In the dtype in which attention reads them: autocast's, where keys come in float32.
+        In the dtype in which attention reads them: autocast's, where they come in float32.
         """
-        if layer not in self.kv:
-            dtype, kind = like.keys.dtype, self.row.device.type
-            if torch.is_autocast_enabled(kind):
-                dtype = torch.get_autocast_dtype(kind)
-            shapes = [
-                (len(self.row), x.shape[1], self.columns, x.shape[3])
-                for x in (like.keys, like.values)
-            ]
-            self.kv[layer] = [like.keys.new_zeros(shape, dtype=dtype) for shape in shapes]
-        return self.kv[layer]
+        dtype, kind = read.dtype, read.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        shape = (len(self.row), read.shape[1], self.columns, read.shape[3])
+        return read.new_zeros(shape, dtype=dtype)
 
     def set_window(self, steps):
         """Have attention read the columns that the next steps may use, and few more.
@@ -1406,49 +1334,47 @@ def rollout(
 
     prompts: lists of token ids. seeds: ints in [0, 2**63); a response follows from its own,
     whatever else is in the batch. rollout_tokens: most tokens in the KV cache, prompts and what is
-    unused included. title: what the line that shows progress begins with; none without.
-    Raises UserError where the model's logits are not finite, and Stopped.
+    unused included. title: of the line that shows progress. Raises UserError where the model's
+    logits are not finite, and Stopped.
     """
     model.eval()
     columns = max(map(len, prompts), default=0) + max_new_tokens
     size = max(1, min(rollout_tokens // columns, len(prompts)))
     batch = Rows(size, columns, max_new_tokens, stop_ids, model.device)
     pause = 1 + max_new_tokens // 64  # steps between two looks at which rows have ended
-    owner = [None] * size  # the response that a row is for
-    responses, waiting = [None] * len(prompts), [*range(len(prompts))]
-    ended, tokens, started = 0, 0, time.time()
+    owner = {}  # {row: the response that it is for}
+    responses = [None] * len(prompts)
+    begun = ended = tokens = 0
+    started = time.time()
     while ended < len(prompts):
         if heard and WORLD_SIZE == 1:  # ranks stop after a step, together
             raise Stopped
-        free = [row for row in range(size) if owner[row] is None]
-        if waiting and 8 * len(free) >= size:
-            for rows in split(free[: len(waiting)], 1 + size // 2):
-                mine, waiting = waiting[: len(rows)], waiting[len(rows) :]
-                batch.fill(model, rows, [prompts[i] for i in mine], [seeds[i] for i in mine])
-                for row, i in zip(rows, mine):
-                    owner[row] = i
+        free = [row for row in range(size) if row not in owner]
+        if begun < len(prompts) and 8 * len(free) >= size:
+            for rows in split(free[: len(prompts) - begun], 1 + size // 2):
+                end = begun + len(rows)
+                batch.fill(model, rows, prompts[begun:end], seeds[begun:end])
+                owner.update(zip(rows, range(begun, end)))
+                begun = end
         batch.set_window(pause)
         before = batch.t.sum()
         for _ in range(pause):
             batch.step(model, temperature, top_p)
-        tokens += int(batch.t.sum() - before)
+        tokens += batch.t.sum() - before
         if batch.logp.isnan().any():
-            raise UserError(
-                "the model's logits are not finite: it has diverged, or its weights are damaged; "
-                "start again with a lower --lr, or another model"
-            )
+            raise UserError("the model's logits are not finite: start again with a lower --lr")
         going = batch.going.tolist()
-        done = [row for row in range(size) if owner[row] is not None and not going[row]]
+        done = [row for row in owner if not going[row]]
         drawn = (x[done].tolist() for x in (batch.t, batch.ids, batch.logp))
         for row, n, ids, logp in zip(done, *drawn):
-            i, owner[row] = owner[row], None
+            i = owner.pop(row)
             responses[i] = Response(prompts[i], ids[:n], logp[:n], ids[n - 1] in stop_ids)
         ended += len(done)
         if title and ended:
             seconds = time.time() - started
             left = duration(seconds / ended * (len(prompts) - ended))
-            said = f"{title}: {ended}/{len(prompts)} responses, {tokens / seconds:,.0f} tokens/s"
-            live(f"{said}, {left} left")
+            rate = f"{tokens / seconds:,.0f} tokens/s"
+            live(f"{title}: {ended}/{len(prompts)} responses, {rate}, {left} left")
     return responses
 
 
@@ -1481,13 +1407,15 @@ def read_responses(model, responses):
     and response, padded on the right, where no token looks: so it needs no mask of attention, and
     a GPU may take its fastest kernel.
     """
-    texts, _ = padded([r.prompt_ids + r.ids[:-1] for r in responses], model.device)
-    ids, loss_mask = padded([r.ids for r in responses], model.device)
+    texts = padded([r.prompt_ids + r.ids[:-1] for r in responses], model.device)
+    ids = padded([r.ids for r in responses], model.device)
+    number = torch.arange(ids.shape[1], device=ids.device)  # of a response token, from 0
+    lengths = torch.tensor([[len(r.ids)] for r in responses], device=ids.device)
+    loss_mask = number < lengths  # from lengths, not ids: pad may equal eos
+    last = torch.tensor([[len(r.prompt_ids) - 1] for r in responses], device=ids.device)
+    before = (last + number).clamp(max=texts.shape[1] - 1)
     found = model(texts, use_cache=False)[0]
-    before = torch.tensor([[len(r.prompt_ids) - 1] for r in responses])
-    before = (before + torch.arange(ids.shape[1])).clamp(max=texts.shape[1] - 1)
-    before = before.to(found.device)[..., None].expand(-1, -1, found.shape[-1])
-    return found.gather(1, before), ids, loss_mask
+    return found.take_along_dim(before[..., None], dim=1), ids, loss_mask
 
 
 @torch.no_grad()
@@ -1504,8 +1432,7 @@ def linear_head(model):
             hidden = model.base_model(ids, use_cache=False)[0]
             if type(head) is torch.nn.Linear and hidden.shape[-1] == head.in_features:
                 logits = model(ids, use_cache=False).logits
-                close = torch.allclose(head(hidden), logits, rtol=1e-5, atol=1e-5)
-                model.head_is_linear = close
+                model.head_is_linear = torch.allclose(head(hidden), logits, rtol=1e-5, atol=1e-5)
         if not model.head_is_linear:
             say("this model does more than a product to get its logits: they are held whole")
     return head if model.head_is_linear else None
@@ -1577,10 +1504,8 @@ def pass_at_k(n, c, k):
     >>> pass_at_k(4, 1, 2)
     0.5
 
-    Raises ValueError unless 0 <= c <= n and 1 <= k <= n. arXiv:2107.03374 Eq. 1.
+    0 <= c <= n and 1 <= k <= n. arXiv:2107.03374 Eq. 1.
     """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)  # rounded once
 
 
@@ -1642,9 +1567,9 @@ def sample(run, purpose, problems, n):
 
 def evaluate(run):
     """Log and print Pass@k on held-out problems, if it is due at this step and not yet done."""
-    cfg, step, log = run.cfg, run.step, run.path / "metrics.jsonl"
+    cfg, step = run.cfg, run.step
     due = step in (0, cfg.steps) or cfg.eval_every and step % cfg.eval_every == 0
-    if not due or step in scores_of(log):
+    if not due or step in evaluations(run.path / "metrics.jsonl"):
         return
     share = {i: run.held_out[i] for i in range(RANK, len(run.held_out), WORLD_SIZE)}
     responses = sample(run, "evaluation", share, cfg.eval_samples)
@@ -1656,16 +1581,16 @@ def evaluate(run):
     for name in tallies[0]:
         row[name] = sum(t[name] for t in tallies) / len(tallies)
     log_metrics(run, row)
-    say(f"step {step}: {listed(scores_in(row))}")
+    say(f"step {step}: {listed(row)}")
     plot(run)
 
 
-def listed(scores):
+def listed(row):
     """
-    >>> listed({"Pass@1": 0.25, "Pass@2": 0.5})
+    >>> listed({"step": 0, "Pass@1": 0.25, "Pass@2": 0.5})
     'Pass@1 0.250, Pass@2 0.500'
     """
-    return ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+    return ", ".join(f"{name} {row[name]:.3f}" for name in row if name.startswith("Pass@"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1695,10 +1620,7 @@ class Run:
 
 def on_first_rank(body):
     """What body() returns on rank 0, on every rank; torchrun ends the others where it raises."""
-    result = [body() if RANK == 0 else None]
-    if WORLD_SIZE > 1:
-        torch.distributed.broadcast_object_list(result)
-    return result[0]
+    return gather([body()] if RANK == 0 else [])[0]
 
 
 def gather(values):
@@ -1734,13 +1656,10 @@ def first_line(error):
 
 def duration(seconds):
     """
-    >>> duration(75), duration(7500)
-    ('1m15s', '2h05m')
+    >>> duration(75.3)
+    '0:01:15'
     """
-    minutes, seconds = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{seconds:02}s"
-    return f"{minutes // 60}h{minutes % 60:02}m"
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 def say(text, end="\n"):
@@ -1793,25 +1712,25 @@ def whole_directory(path):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def step_of(checkpoint):
+    """After how many steps a checkpoint, such as step-00025, was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def checkpoints(path):
     """The checkpoints of the run in `path`, the newest last."""
-    return sorted(path.glob("step-*[0-9]"), key=lambda step: int(step.name.removeprefix("step-")))
-
-
-def run_directory(path):
-    """Path of the run that a path is of: of its directory, or of a checkpoint in it."""
-    path = Path(path)
-    return path.parent if re.fullmatch(r"step-\d+", path.name) else path
+    return sorted(path.glob("step-*[0-9]"), key=step_of)
 
 
 def config_of(name):
-    """(Config, content of config.json) of a run; (None, {}) where `name` is none."""
+    """(Config, content of config.json) of a run, or of a checkpoint's run; (None, {}) of none."""
+    path = Path(name)
+    if path.name.startswith("step-"):
+        path = path.parent
     try:
-        stored = json.loads((run_directory(name) / "config.json").read_text())
-        if "problems_sha1" not in stored:  # of a model another
-            return None, {}
+        stored = json.loads((path / "config.json").read_text())
         return Config(**{knob.name: stored[knob.name] for knob in fields(Config)}), stored
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):  # as where it is a model's
         return None, {}
 
 
@@ -1833,13 +1752,12 @@ def collapsed_steps(run):
 def sound_checkpoints(run):
     """The checkpoints of policies that have not collapsed, as far as it is known, oldest first."""
     collapsed = collapsed_steps(run)
-    sound = []
-    for checkpoint in checkpoints(run.path):
-        step = int(checkpoint.name.removeprefix("step-"))
+    return [
+        checkpoint
+        for checkpoint in checkpoints(run.path)
         # the policy of step-00025 is the one that samples the batch of step 26
-        if step not in collapsed and step + 1 not in collapsed:
-            sound.append(checkpoint)
-    return sound
+        if not collapsed & {step_of(checkpoint), step_of(checkpoint) + 1}
+    ]
 
 
 def prune_checkpoints(run):
@@ -1879,14 +1797,11 @@ def save_checkpoint(run):
 
 def read_log(path):
     """The rows of a JSON Lines file, without a last line that was cut short by a kill."""
-    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
     try:
-        rows = [dict(json.loads(line)) for line in lines]
+        return [dict(json.loads(line)) for line in lines]
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged ({first_line(e)}); mend it, or move it away")
-    if last:
-        say(f"{path}: its last line was cut short, and is dropped")
-    return rows
 
 
 def write_log(path, rows):
@@ -1897,7 +1812,7 @@ def write_log(path, rows):
 def append_log(path, *rows):
     """Add rows (dicts) to a JSON Lines file; rank 0 does."""
     if RANK == 0:
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -1915,14 +1830,9 @@ def log_metrics(run, row):
         run.writer.flush()
 
 
-def scores_in(row):
-    """{"Pass@1": ..., ...} of a row of metrics.jsonl; {} of a training step's."""
-    return {name: value for name, value in row.items() if name.startswith("Pass@")}
-
-
-def scores_of(log):
-    """{step: {"Pass@1": ..., ...}} of a run's evaluations."""
-    return {row["step"]: scores_in(row) for row in read_log(log) if scores_in(row)}
+def evaluations(log):
+    """{step: row} of a run's metrics.jsonl, without the rows of training steps."""
+    return {row["step"]: row for row in read_log(log) if "Pass@1" in row}
 
 
 def log_step(run, responses, metrics):
@@ -1939,52 +1849,48 @@ def log_step(run, responses, metrics):
             "confidence": r.confidence.item(),
         }
     append_log(run.path / "samples.jsonl", *samples.values())
-    if RANK == 0:
-        for name, text in warnings_of(run, metrics, responses[-1]).items():
-            if name not in run.warned:
-                run.warned.add(name)
-                say(f"warning, step {run.step}: {text}")
+    for name, text in warnings_of(run, metrics, responses[-1]):
+        if name not in run.warned:
+            run.warned.add(name)
+            say(f"warning, step {run.step}: {text}")
 
 
 def warnings_of(run, m, last):
-    """{name: text} of what keeps a run from learning.
+    """Yields (name, text) of each thing that keeps a run from learning.
 
     m: metrics of a step (dict). last: one of its responses.
     """
-    found = {}
     if run.step in collapsed_steps(run):
-        found["collapsed"] = (
+        text = (
             f"the policy has collapsed: {m['correct']:.1%} correct, entropy {m['entropy']:.3f}; "
             "start anew with a lower --lr"
         )
         for sound in sound_checkpoints(run)[-1:]:
-            found["collapsed"] += f", or from before it, with --model {sound}"
+            text += f", or from before it, with --model {sound}"
+        yield "collapsed", text
     elif m["truncated"] > 0.5:
-        found["cut"] = (
-            "most responses are cut at --max-new-tokens, often before their answer: raise it"
-        )
+        yield "cut", "most responses are cut at --max-new-tokens, before their answer: raise it"
     if m["boxed"] == 0 and not run.cfg.verifier:
         place = run.cfg.answer_pattern or r"\boxed{}"
-        found["box"] = (
+        yield (
+            "box",
             f"no response has an answer in {place}, so all count as incorrect: does the model "
-            "know this form of prompt, and is --max-new-tokens enough?"
+            "know this form of prompt, and is --max-new-tokens enough?",
         )
     elif m["correct"] == 0:
-        found["wrong"] = (
+        yield (
+            "wrong",
             f"all responses are incorrect; one ends {last.text[-80:]!r} where the answer is "
-            f"{last.problem.answer!r}"
+            f"{last.problem.answer!r}",
         )
-    if m["updates"] == 0:
-        found["idle"] = (
+    if m["grad_norm"] == 0:
+        yield (
+            "idle",
             f"{run.cfg.method} has nothing to learn from a batch with {m['correct']:.0%} correct "
-            "responses: every advantage is 0, and there was no update"
+            "responses: the gradient is exactly 0",
         )
-    elif m["grad_norm"] == 0:
-        found["still"] = "the gradient is exactly 0: the loss does not reach the model's weights"
     if m["rollout_gap"] > 0.1:
-        gap = m["rollout_gap"]
-        found["gap"] = f"log-probs of rollout and training pass differ by {gap:.2f}"
-    return found
+        yield "gap", f"log-probs of rollout and training pass differ by {m['rollout_gap']:.2f}"
 
 
 def print_step(m, left, header):
@@ -1992,7 +1898,7 @@ def print_step(m, left, header):
     if header:
         say(
             "   step    correct  length  cut  entropy  logp+  logp-   lam  beta   grad  clip   "
-            "tokens/s rollout update memory   left"
+            "tokens/s rollout update memory    left"
         )
     step = f"{m['step']:>5}/{m['steps']:<5}"
     right, wrong, lam, beta = (
@@ -2004,7 +1910,7 @@ def print_step(m, left, header):
         f"{m['entropy']:8.3f} {right:>6} {wrong:>6} {lam:>5} {beta:>5} "
         f"{m['grad_norm']:6.3f} {m['clip_frac']:5.1%} "
         f"{m['tokens'] / m['rollout_s']:10,.0f} {m['rollout_s']:6.2f}s {m['update_s']:5.2f}s "
-        f"{m['memory_gb']:4.1f}GB {duration(left):>6}"
+        f"{m['memory_gb']:4.1f}GB {duration(left):>7}"
     )
 
 
@@ -2023,12 +1929,12 @@ def plot(run):
         values = np.array([row[name] for row in steps], float)
         axis.plot([row["step"] for row in steps], values)
         axis.set(title=name, xlabel="step")
-    for step, scores in scores_of(log).items():
-        ks = [int(name.removeprefix("Pass@")) for name in scores]
-        last.semilogx(ks, [*scores.values()], ".-", base=2, label=f"step {step}")
+    for step, row in evaluations(log).items():
+        names = [name for name in row if name.startswith("Pass@")]
+        ks = [int(name.removeprefix("Pass@")) for name in names]
+        last.semilogx(ks, [row[name] for name in names], ".-", base=2, label=f"step {step}")
     last.set(title="Pass@k", xlabel="k")
-    if last.lines:
-        last.legend()
+    last.legend()
     figure.suptitle(f"{run.path.name}: {run.cfg.method} on {run.cfg.data}")
     figure.savefig(run.path / "curves.png")
 
@@ -2068,7 +1974,7 @@ def add_flags(parser, names):
     for knob in fields(Config):
         if knob.name not in names:
             continue
-        text = comments[knob.name].replace("%", "%%")
+        text = comments[knob.name]
         if knob.default not in ("", None, False):
             text += f" [{knob.default}]"
         flag = f"--{knob.name.replace('_', '-')}"
@@ -2081,7 +1987,7 @@ def add_flags(parser, names):
 def parse_flags(argv):
     """The flags that were given, {field of Config: value}. Raises UserError."""
     parser = flag_parser(__doc__)
-    add_flags(parser, [knob.name for knob in fields(Config)])
+    add_flags(parser, vars(Config()))
     return vars(parser.parse_args(argv))
 
 
@@ -2090,9 +1996,7 @@ def pick_device(name):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError("there is no GPU that this torch can use")
-            if WORLD_SIZE > 1 or device.index is None:
+            if device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)  # kernels are launched on the current one
             torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a plan for every shape
@@ -2102,25 +2006,16 @@ def pick_device(name):
     return device
 
 
-def check_name(name):
-    """Raises UserError where out/NAME is taken, or is no directory in out/."""
-    if Path(name).name != name or name == ".." or not name.isprintable():
-        raise UserError(f"--name {name!r}: not a plain name for a directory in out/")
-    if name and Path("out", name).exists():
-        raise UserError(
-            f"--name {name}: out/{name} exists; choose another, or go on with that run: "
-            f"--resume out/{name}"
-        )
-
-
 def new_directory(cfg):
     """out/NAME of a new run: the name asked for, or the first free METHOD-1, METHOD-2, ..."""
     for i in itertools.count(1):
         path = Path("out", cfg.name or f"{cfg.method}-{i}")
-        with contextlib.suppress(FileExistsError):
+        try:
             path.mkdir(parents=True)
             return path
-        check_name(cfg.name)  # another process was faster
+        except FileExistsError:
+            if cfg.name:  # another process was faster
+                raise
 
 
 def settings(given):
@@ -2130,18 +2025,17 @@ def settings(given):
     """
     if "resume" not in given:
         cfg = resolve(given)
-        check_name(cfg.name)
+        path = Path("out", cfg.name)
+        if cfg.name and path.exists():
+            raise UserError(
+                f"--name {cfg.name}: {path} exists; choose another, or go on with that run: "
+                f"--resume {path}"
+            )
         return cfg, {}
-    path = run_directory(given["resume"])
+    path = Path(given["resume"])
     cfg, stored = config_of(path)
-    if not cfg:
-        raise UserError(f"--resume {path}: no run to go on with: no sound config.json of one there")
-    asked = Path(given["resume"])
-    if asked != path and asked not in checkpoints(path)[-1:]:
-        raise UserError(
-            f"--resume {asked}: a run goes on from its newest checkpoint: --resume {path}"
-        )
-    given["resume"] = str(path)
+    if not cfg or path in checkpoints(path.parent):
+        raise UserError(f"--resume {path}: not the directory of a run, such as out/a-nsr-1")
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')}"
         if name not in RESUMABLE.split() and value != getattr(cfg, name):
@@ -2161,7 +2055,7 @@ def make_optimizer(cfg, model, lr):
         options["fused"] = True  # else it makes temporaries of the model's size
     try:
         return pkgutil.resolve_name(cfg.optimizer)(model.parameters(), lr=lr, **options)
-    except (ImportError, AttributeError, ValueError, TypeError) as e:
+    except Exception as e:  # it is anybody's class
         raise UserError(f"--optimizer {cfg.optimizer}: {first_line(e)}")
 
 
@@ -2200,12 +2094,12 @@ def dry_run(cfg):
         f"be; KV cache of {run.rollout_tokens:,} tokens"
     )
     while run.step < cfg.steps:
-        started = time.time()
-        _, metrics = take_step(run)
-        print_step(metrics, left=(2 - run.step) * (time.time() - started), header=run.step == 1)
-        names = ("rollout", "score", "update")
-        phases = ", ".join(f"{name} {metrics[f'{name}_s']:.1f} s" for name in names)
-        say(f"{phases}; peak memory {peak_memory(run.model.device):.1f} GB")
+        _, m = take_step(run)
+        say(
+            f"step {run.step}: rollout {m['rollout_s']:.1f} s "
+            f"({m['tokens'] / m['rollout_s']:,.0f} tokens/s), score {m['score_s']:.1f} s, "
+            f"update {m['update_s']:.1f} s; peak memory {m['memory_gb']:.1f} GB"
+        )
 
 
 def restore(run, checkpoint):
@@ -2226,11 +2120,9 @@ def restore(run, checkpoint):
 
 def open_run(cfg, stored):
     """The Run of these settings, new or to go on with. Raises UserError."""
-    path = Path(cfg.resume)
-    Path("out").mkdir(exist_ok=True)  # where that fails, before any work is done
-    held = lock(path / "run.lock") if stored and RANK == 0 else None
-    saved = checkpoints(path) if stored else []
-    check_model(saved[-1] if saved else cfg.model)
+    saved = checkpoints(Path(cfg.resume)) if stored else []
+    name = saved[-1] if saved else cfg.model
+    check_model(name)
     problems, held_out = load_problems(cfg)
     if len(problems) < cfg.prompts or not held_out:
         raise UserError(
@@ -2242,30 +2134,32 @@ def open_run(cfg, stored):
     sha1 = hashlib.sha1(repr(texts).encode()).hexdigest()
     if stored and stored["problems_sha1"] != sha1:
         raise UserError(
-            f"--resume {path}: {cfg.data} no longer holds the problems that the run began with; "
-            "put them back, or start a new run"
+            f"{cfg.data} no longer holds the problems that the run began with; put them back, or "
+            "start a new run"
         )
-    run = build_run(cfg, path if saved else cfg.model)
-    run.lock = held
+    run = build_run(cfg, name)
     run.problems = encode_prompts(problems, run.model, run.tokenizer, cfg)
     run.held_out = encode_prompts(held_out[: cfg.eval_problems], run.model, run.tokenizer, cfg)
     if saved:
-        restore(run, saved[-1])
+        restore(run, name)
 
     def begin():
         """A new directory; or that of the run, its logs without what came after the checkpoint."""
         if not stored:
-            packages = {"torch": torch, "transformers": transformers, "numpy": np}
-            versions = {name: module.__version__ for name, module in packages.items()}
-            stored.update(versions, problems_sha1=sha1)
             cfg.resume = str(new_directory(cfg))
-            run.lock = lock(Path(cfg.resume, "run.lock"))
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            log = Path(cfg.resume, name)
+        path = Path(cfg.resume)
+        run.lock = lock(path / "run.lock")
+        for log in (path / "metrics.jsonl", path / "samples.jsonl"):
             write_log(log, [row for row in read_log(log) if row["step"] <= run.step])
-        content = json.dumps(stored | asdict(cfg), indent=1)
-        write_whole(Path(cfg.resume, "config.json"), content.encode())
-        return Path(cfg.resume)
+        made_by = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+            "problems_sha1": sha1,
+        }
+        content = json.dumps(asdict(cfg) | made_by, indent=1)
+        write_whole(path / "config.json", content.encode())
+        return path
 
     run.path = on_first_rank(begin)
     return run
@@ -2278,42 +2172,30 @@ def command(body):
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
     try:
         return body()
-    except UserError as e:
-        message = "" if RANK else str(e)  # rank 0 says it for all
+    except (UserError, OSError) as e:  # the latter: no space, no permission, a name too long
+        message = str(e)
     except torch.OutOfMemoryError:
         message = (
             "out of memory; lower --micro-tokens or --rollout-tokens (a run that has begun goes on "
             "with --resume)"
         )
-    except OSError as e:  # no space, no permission, a name that the file system does not take
-        message = str(e)
-    except RuntimeError as e:
-        if WORLD_SIZE == 1 or not (isinstance(e, torch.distributed.DistError) or "gloo" in str(e)):
-            raise
-        message = (
-            f"rank {RANK} lost the others ({first_line(e)}); what is saved is sound: go on "
-            "with --resume"
-        )
     except KeyboardInterrupt:
         print("\nstopped; nothing is lost that was saved", file=sys.stderr)
         return 130
-    if message:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def describe(run):
     """Say what a run is about to do, and what the model will read first."""
     cfg = run.cfg
-    size = sum(p.numel() for p in run.model.parameters())
     say(
         f"{cfg.method}, preset {cfg.preset}: {cfg.steps} steps of {cfg.prompts} x "
-        f"{cfg.group_size} responses: {cfg.model} ({size:,} parameters, {run.model.device}) on "
-        f"{cfg.data} ({len(run.problems):,} problems), into {run.path}"
+        f"{cfg.group_size} responses: {cfg.model} ({run.model.num_parameters():,} parameters, "
+        f"{run.model.device}) on {cfg.data} ({len(run.problems):,} problems), into {run.path}"
     )
-    form = "in the model's chat template" if run.tokenizer.chat_template else "as plain text"
     prompt = run.tokenizer.decode(run.problems[0].prompt_ids)
-    say(f"prompts are put {form}; the first, with special tokens: {prompt!r}")
+    say(f"the first prompt, with special tokens: {prompt!r}")
 
 
 def main():
@@ -2321,8 +2203,6 @@ def main():
     given = parse_flags(sys.argv[1:])
     cfg, stored = settings(given)  # errors before the ranks wait for each other
     if WORLD_SIZE > 1:
-        if "MASTER_ADDR" not in os.environ:
-            raise UserError("WORLD_SIZE is set, MASTER_ADDR is not: start with torchrun")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend)
     if cfg.dry_run:
@@ -2331,8 +2211,7 @@ def main():
     run = open_run(cfg, stored)
     describe(run)
     for s in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(s) != signal.SIG_IGN:  # as under nohup
-            signal.signal(s, hear)
+        signal.signal(s, hear)
     try:
         train(run)
     except Stopped:
@@ -2352,14 +2231,12 @@ def main():
     if WORLD_SIZE > 1:  # else a rank that ends while another still listens is aborted
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    scores = scores_of(run.path / "metrics.jsonl")
     say(
         f"\nOn {len(run.held_out)} held-out problems, {cfg.eval_samples} responses to each, at "
         f"temperature {cfg.temperature:g}:"
     )
-    for name, step in (("base", 0), (cfg.method, cfg.steps)):
-        if step in scores:  # a log may have lost step 0
-            say(f"{name:12}{listed(scores[step])}")
+    for step, row in evaluations(run.path / "metrics.jsonl").items():
+        say(f"after step {step:<6}{listed(row)}")
     say(
         f"\nIn {run.path}: curves.png, metrics.jsonl, samples.jsonl, config.json, and the model in "
         f"step-{cfg.steps:05}"
