@@ -53,6 +53,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import unicodedata
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields
@@ -542,6 +543,8 @@ def check(cfg):
             raise UserError(f"{flag}: must be a number above 0")
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise UserError(f"{flag}: must be a number, and not below 0")
+    if cfg.gpu_memory_utilization > 1:
+        raise UserError("--gpu-memory-utilization is a share, 1 at most")
     check_pattern(cfg.answer_pattern)
     if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: pip install tensorboard")
@@ -588,22 +591,19 @@ QUESTION_KEYS = "problem question prompt content messages input".split()
 ANSWER_KEYS = (
     "answer final_answer Answer reward_model.ground_truth ground_truth label target output"
 ).split()
-GITHUB = (  # a commit, so that what a name stands for never changes
-    "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/"
-    "a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
-)
-DOWNLOADS = {
-    "math-train": f"{GITHUB}/math/train.jsonl",
-    "math-test": f"{GITHUB}/math/test.jsonl",
-    "amc23": f"{GITHUB}/amc23/test.jsonl",
-    "aime2025": "hf://datasets/math-ai/aime25/test.jsonl",
-    "math500": "hf://datasets/HuggingFaceH4/MATH-500/test.jsonl",
+GITHUB = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/main/evaluation/data"
+DOWNLOADS = {  # name: (address, git blob id; the hub has its own sums)
+    "math-train": (f"{GITHUB}/math/train.jsonl", "47bc5462da8374bdcf53a7339bd48a7e28567676"),
+    "math-test": (f"{GITHUB}/math/test.jsonl", "9ef3334841057f53caac5522332e38391d3fb33b"),
+    "amc23": (f"{GITHUB}/amc23/test.jsonl", "6894ad7c49a0b3a64210af32954f4d049d934ea0"),
+    "aime2025": ("hf://datasets/math-ai/aime25/test.jsonl", None),
+    "math500": ("hf://datasets/HuggingFaceH4/MATH-500/test.jsonl", None),
 }
 
 
 def fetch(name):
     """Path of the problem file `name`, downloaded if need be."""
-    address = DOWNLOADS.get(name, name)
+    address, blob_id = DOWNLOADS.get(name, (name, None))
     if address.startswith("hf://datasets/"):
         from huggingface_hub import hf_hub_download
 
@@ -613,7 +613,10 @@ def fetch(name):
         return Path(name)
     path = Path("out/data", f"{name}.jsonl")
     if not path.exists():
-        write_whole(path, urllib.request.urlopen(address, timeout=60).read())
+        content = urllib.request.urlopen(address, timeout=60).read()
+        if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
+            raise ValueError(f"{address} is not the file that it was")
+        write_whole(path, content)
     return path
 
 
@@ -661,6 +664,7 @@ def parse_problem(row, question_key="", answer_key="", as_is=False):
         problem.answer = answer if isinstance(answer, str) else json.dumps(answer)
     if problem.messages:  # a chat brings its own instruction
         problem.instruction = ""
+    (problem.question + problem.answer).encode()  # half a character raises
     tags = {"level": row.get("level"), "subject": first_of(row, ("subject", "type"))}
     problem.tags = {name: str(tag) for name, tag in tags.items() if tag}
     return problem
@@ -676,6 +680,11 @@ def set_answer(problem, answer):
         problem.instruction, problem.verify = COUNTDOWN, verify_countdown
     answers = answer if isinstance(answer, list) else [answer]
     problem.answer = ", ".join(map(clean_answer, answers))
+
+
+def ends_begun(messages):
+    """Whether the last turn of a chat is the assistant's, which a response then goes on with."""
+    return messages[-1]["role"] == "assistant"
 
 
 def first_of(row, names):
@@ -695,12 +704,12 @@ def first_of(row, names):
 
 def chat_message(message):
     """A chat message (dict) whose content is one text; it may be a list of parts."""
-    content = message["content"]
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError("a chat message needs content that is text")
-    return {"role": "user"} | message | {"content": content}
+    return {"role": "user"} | message | {"content": "".join(texts)}
 
 
 def clean_answer(answer):
@@ -734,6 +743,8 @@ def read_problems(name, cfg=Config()):
                 if not row.strip():
                     continue
                 row = json.loads(row)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
             problem = parse_problem(row, *keys, as_is=bool(cfg.verifier))
             if not problem.answer:
                 unanswered += 1
@@ -752,6 +763,9 @@ def read_problems(name, cfg=Config()):
             f"{name}: left out {unanswered} rows without an answer in "
             f"{keys[1] or ', '.join(ANSWER_KEYS)}, and {repeated} that repeat a question"
         )
+    begun = sum(ends_begun(p.messages) for p in problems.values() if p.messages)
+    if begun:
+        say(f"{name}: {begun} chats end with the assistant's turn, which the response goes on with")
     if not problems:
         raise UserError(f"{name} holds no problems with an answer; --answer-key says where it is")
     return list(problems.values())
@@ -793,9 +807,10 @@ def load_verifier(name):
         try:
             verdict = body(response, answer)
         except (Exception, SystemExit) as e:
+            line = traceback.extract_tb(e.__traceback__)[-1].lineno
             raise UserError(
-                f"--verifier {name} raised {type(e).__name__}: {first_line(e)}, for the response "
-                f"{response!r}"
+                f"--verifier {name} raised {type(e).__name__} in line {line}: {first_line(e)}, for "
+                f"the response {response!r}"
             )
         if verdict not in (True, False):
             raise UserError(
@@ -955,7 +970,7 @@ def countdown_base(task):
 
 def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
     """Supervised training on random correct expressions of problems that are not held out."""
-    rng = random.Random(0)
+    rng, started = random.Random(0), time.time()
     held_out = {p.question for p in load_problems(Config(data=task))[1]}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
@@ -974,7 +989,8 @@ def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        live(f"base policy: step {step + 1} of {steps}")
+        left = (time.time() - started) / (step + 1) * (steps - step - 1)
+        live(f"base policy: step {step + 1} of {steps}, {duration(left)} left")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -982,7 +998,12 @@ def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
 
 
 def model_path(name):
-    """Where a model's files are: in the newest checkpoint of a run, in a directory, on the hub."""
+    """Where a model's files are: in the newest checkpoint of a run, in a directory, on the hub.
+
+    Raises UserError where the name can only be that of a directory, and there is none.
+    """
+    if re.match(r"[./~]|out/|.*/.*/", str(name)) and not Path(name).is_dir():
+        raise UserError(f"no model directory {name}; give one, or a hub name")
     return (checkpoints(Path(name)) or [name])[-1]
 
 
@@ -1092,7 +1113,7 @@ def prompt_text(problem, tokenizer, cfg):
         messages = [{"role": "system", "content": cfg.system}, *messages]
     if not (tokenizer.chat_template or problem.messages or cfg.system):
         return messages[0]["content"]
-    unfinished = messages[-1]["role"] == "assistant"  # then a response goes on with that turn
+    unfinished = ends_begun(messages)
     try:
         return tokenizer.apply_chat_template(
             messages,
@@ -1132,6 +1153,9 @@ def encode_prompts(problems, model, tokenizer, cfg):
             f"left out: {len(problems) - len(kept)} of {len(problems)} problems, with prompts of "
             f"more than {cfg.max_prompt_tokens} tokens"
         )
+    repeated = len(kept) - len({tuple(p.prompt_ids) for p in kept})
+    if repeated:
+        say(f"{repeated} of {len(kept)} problems have the prompt of another: does it hold them?")
     longest = max(len(p.prompt_ids) for p in kept)
     if longest + cfg.max_new_tokens > limit:
         raise UserError(
@@ -1504,8 +1528,10 @@ def pass_at_k(n, c, k):
     >>> pass_at_k(4, 1, 2)
     0.5
 
-    0 <= c <= n and 1 <= k <= n. arXiv:2107.03374 Eq. 1.
+    Raises ValueError unless 0 <= c <= n and 1 <= k <= n. arXiv:2107.03374 Eq. 1.
     """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)  # rounded once
 
 
@@ -2026,6 +2052,8 @@ def settings(given):
     if "resume" not in given:
         cfg = resolve(given)
         path = Path("out", cfg.name)
+        if path.name != cfg.name and cfg.name:
+            raise UserError(f"--name {cfg.name}: not a plain name for a directory in out/")
         if cfg.name and path.exists():
             raise UserError(
                 f"--name {cfg.name}: {path} exists; choose another, or go on with that run: "
@@ -2033,9 +2061,15 @@ def settings(given):
             )
         return cfg, {}
     path = Path(given["resume"])
+    if path in checkpoints(path.parent)[-1:]:  # a run goes on from its newest
+        path = path.parent
     cfg, stored = config_of(path)
     if not cfg or path in checkpoints(path.parent):
-        raise UserError(f"--resume {path}: not the directory of a run, such as out/a-nsr-1")
+        raise UserError(
+            f"--resume {path}: not the directory of a run, such as out/a-nsr-1, or its newest "
+            "checkpoint"
+        )
+    given["resume"] = str(path)
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')}"
         if name not in RESUMABLE.split() and value != getattr(cfg, name):
@@ -2179,6 +2213,13 @@ def command(body):
             "out of memory; lower --micro-tokens or --rollout-tokens (a run that has begun goes on "
             "with --resume)"
         )
+    except RuntimeError as e:
+        if WORLD_SIZE == 1 or not (isinstance(e, torch.distributed.DistError) or "gloo" in str(e)):
+            raise
+        message = (
+            f"rank {RANK} lost the others ({first_line(e)}); what is saved is sound: go on "
+            "with --resume"
+        )
     except KeyboardInterrupt:
         print("\nstopped; nothing is lost that was saved", file=sys.stderr)
         return 130
@@ -2195,7 +2236,8 @@ def describe(run):
         f"{run.model.device}) on {cfg.data} ({len(run.problems):,} problems), into {run.path}"
     )
     prompt = run.tokenizer.decode(run.problems[0].prompt_ids)
-    say(f"the first prompt, with special tokens: {prompt!r}")
+    form = "in the model's chat template" if run.tokenizer.chat_template else "as plain text"
+    say(f"prompts are put {form}; the first, with special tokens: {prompt!r}")
 
 
 def main():
@@ -2203,6 +2245,8 @@ def main():
     given = parse_flags(sys.argv[1:])
     cfg, stored = settings(given)  # errors before the ranks wait for each other
     if WORLD_SIZE > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError("WORLD_SIZE is set, MASTER_ADDR is not: start with torchrun")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend)
     if cfg.dry_run:
@@ -2211,7 +2255,8 @@ def main():
     run = open_run(cfg, stored)
     describe(run)
     for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, hear)
+        if signal.getsignal(s) != signal.SIG_IGN:  # as under nohup
+            signal.signal(s, hear)
     try:
         train(run)
     except Stopped:
@@ -2235,8 +2280,10 @@ def main():
         f"\nOn {len(run.held_out)} held-out problems, {cfg.eval_samples} responses to each, at "
         f"temperature {cfg.temperature:g}:"
     )
-    for step, row in evaluations(run.path / "metrics.jsonl").items():
-        say(f"after step {step:<6}{listed(row)}")
+    rows = evaluations(run.path / "metrics.jsonl")
+    for name, step in (("base", 0), (cfg.method, cfg.steps)):
+        if step in rows:  # a log may have lost step 0
+            say(f"{name:12}{listed(rows[step])}")
     say(
         f"\nIn {run.path}: curves.png, metrics.jsonl, samples.jsonl, config.json, and the model in "
         f"step-{cfg.steps:05}"
