@@ -1386,7 +1386,9 @@ def rollout(
             batch.step(model, temperature, top_p)
         tokens += batch.t.sum() - before
         if batch.logp.isnan().any():
-            raise UserError("the model's logits are not finite: start again with a lower --lr")
+            raise UserError(
+                "the model's logits are not finite: start again with a lower --lr, or another model"
+            )
         going = batch.going.tolist()
         done = [row for row in owner if not going[row]]
         drawn = (x[done].tolist() for x in (batch.t, batch.ids, batch.logp))
@@ -1895,7 +1897,10 @@ def warnings_of(run, m, last):
             text += f", or from before it, with --model {sound}"
         yield "collapsed", text
     elif m["truncated"] > 0.5:
-        yield "cut", "most responses are cut at --max-new-tokens, before their answer: raise it"
+        yield (
+            "cut",
+            "most responses are cut at --max-new-tokens, often before their answer: raise it",
+        )
     if m["boxed"] == 0 and not run.cfg.verifier:
         place = run.cfg.answer_pattern or r"\boxed{}"
         yield (
