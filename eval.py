@@ -12,7 +12,6 @@ what is there is not sampled again. Rows have the fields of the NSR authors' fil
 
 import csv
 import hashlib
-import itertools
 import re
 import sys
 import time
@@ -97,7 +96,7 @@ def sample_models(args):
     Raises UserError.
     """
     for name in args.models:
-        nsr.check_model(name)  # before data is downloaded
+        nsr.model_config(name)  # before data is downloaded
     runs = {}  # {set: Config of the first run that held it out}
     for name in args.models:
         cfg = run_config(name, args)
@@ -559,13 +558,14 @@ def report_log(args):
     for pair in args.log:
         x, _, keys = pair.partition(":")
         curves = []
-        for y, (label, names) in itertools.product(keys.split(","), runs.items()):
-            seeds = read_seeds(names, x, y)
-            curves.append((f"{label}, {y}" if "," in keys else label, seeds.mean(0)))
-            for at in args.at or [None]:
-                column = y if at is None else f"{y} at {x} {at:g}"
-                values = np.array([reached(points, at)[1] for points in seeds])
-                columns.setdefault(column, []).append(values)
+        for y in keys.split(","):
+            for label, names in runs.items():
+                seeds = read_seeds(names, x, y)
+                curves.append((f"{label}, {y}" if "," in keys else label, seeds.mean(0)))
+                for at in args.at or [None]:
+                    column = y if at is None else f"{y} at {x} {at:g}"
+                    values = np.array([reached(points, at)[1] for points in seeds])
+                    columns.setdefault(column, []).append(values)
         panels.append(({"xlabel": x, "ylabel": keys}, curves))
     if any(len(values) > len(runs) for values in columns.values()):
         raise UserError("--log: two X:Y with one Y, whose value the table has once; ask twice")

@@ -544,7 +544,7 @@ def check(cfg):
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise UserError(f"{flag}: must be a number, and not below 0")
     if cfg.gpu_memory_utilization > 1:
-        raise UserError("--gpu-memory-utilization is a share, 1 at most")
+        raise UserError(f"--gpu-memory-utilization {cfg.gpu_memory_utilization}: is above 1")
     check_pattern(cfg.answer_pattern)
     if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: pip install tensorboard")
@@ -613,7 +613,10 @@ def fetch(name):
         return Path(name)
     path = Path("out/data", f"{name}.jsonl")
     if not path.exists():
-        content = urllib.request.urlopen(address, timeout=60).read()
+        try:
+            content = urllib.request.urlopen(address, timeout=60).read()
+        except OSError as e:
+            raise ValueError(f"cannot get {address} ({first_line(e)}); give a file of your own")
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
             raise ValueError(f"{address} is not the file that it was")
         write_whole(path, content)
@@ -806,13 +809,14 @@ def load_verifier(name):
     def checked(response, answer, pattern=""):
         try:
             verdict = body(response, answer)
+            sound = verdict in (True, False)  # of an array this raises
         except (Exception, SystemExit) as e:
             line = traceback.extract_tb(e.__traceback__)[-1].lineno
             raise UserError(
                 f"--verifier {name} raised {type(e).__name__} in line {line}: {first_line(e)}, for "
                 f"the response {response!r}"
             )
-        if verdict not in (True, False):
+        if not sound:
             raise UserError(
                 f"--verifier {name} returned {verdict!r}, neither True nor False, for the response "
                 f"{response!r}"
@@ -1014,12 +1018,12 @@ def pretrained(kind, path, **options):
     except Exception as e:  # files, formats and hub have no common error; all mean: no model
         raise UserError(
             f"cannot load the model {path} ({first_line(e)}); give a model directory, or a hub "
-            "name and the network that it takes; of a LoRA adapter, the base model that it is "
-            "merged into by peft's merge_and_unload()"
+            "name and the network that it takes; merge a LoRA adapter into its base model first "
+            "(peft's merge_and_unload())"
         )
 
 
-def check_model(name):
+def model_config(name):
     """The config of a model. Raises UserError where there is no model of that name."""
     if name in TASKS:
         return countdown_config()
@@ -1036,7 +1040,7 @@ def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=
         tokenizer = countdown_tokenizer()
         config = QWEN_MATH_SHAPE  # without a download
         if name not in QWEN_MATH.split():
-            config = check_model(name)
+            config = model_config(name)
         config.update(options)
         model = kind.from_config(config, dtype=torch.float32)
     else:
@@ -1052,8 +1056,9 @@ def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=
             raise UserError(
                 f"the files of the model {path} lack {len(missing)} weights, such as {missing[0]}"
             )
-    if getattr(model.config, "quantization_config", None):
-        raise UserError(f"the model {name} is quantized; give one in whole weights")
+    frozen = not any(p.requires_grad for p in model.parameters())  # as beside an adapter
+    if frozen or getattr(model.config, "quantization_config", None):
+        raise UserError(f"the model {name} is quantized or frozen; give one in whole weights")
     if model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # as in countdown_base()
     for module in model.modules():
@@ -1124,7 +1129,7 @@ def prompt_text(problem, tokenizer, cfg):
     except Exception as e:  # it is a program, and raises what it likes
         raise UserError(
             f"the model's chat template does not take the prompt {problem.question[:80]!r} "
-            f"({first_line(e)}); change --system, the messages in the data, or the model"
+            f'({first_line(e)}); give problems as text and --system "", or another model'
         )
 
 
@@ -1203,7 +1208,7 @@ def draw(logits, u, temperature, top_p):
 
 
 def padded(rows, device):
-    """Lists or tensors as one (B, T), padded on the right with 0."""
+    """Lists of int or tensors as one (B, T) of their dtype, padded on the right with 0."""
     rows = [torch.as_tensor(row) for row in rows]
     return pad_sequence(rows, batch_first=True).to(device)
 
@@ -1358,8 +1363,8 @@ def rollout(
 
     prompts: lists of token ids. seeds: ints in [0, 2**63); a response follows from its own,
     whatever else is in the batch. rollout_tokens: most tokens in the KV cache, prompts and what is
-    unused included. title: of the line that shows progress. Raises UserError where the model's
-    logits are not finite, and Stopped.
+    unused included. title: of the line that shows progress, "": none. Raises UserError where the
+    model's logits are not finite, and Stopped.
     """
     model.eval()
     columns = max(map(len, prompts), default=0) + max_new_tokens
@@ -1648,7 +1653,8 @@ class Run:
 
 def on_first_rank(body):
     """What body() returns on rank 0, on every rank; torchrun ends the others where it raises."""
-    return gather([body()] if RANK == 0 else [])[0]
+    values = [body()] if RANK == 0 else []
+    return gather(values)[0]
 
 
 def gather(values):
@@ -1747,13 +1753,14 @@ def step_of(checkpoint):
 
 def checkpoints(path):
     """The checkpoints of the run in `path`, the newest last."""
-    return sorted(path.glob("step-*[0-9]"), key=step_of)
+    found = [file for file in path.glob("step-*") if re.fullmatch(r"step-\d+", file.name)]
+    return sorted(found, key=step_of)
 
 
 def config_of(name):
     """(Config, content of config.json) of a run, or of a checkpoint's run; (None, {}) of none."""
     path = Path(name)
-    if path.name.startswith("step-"):
+    if re.fullmatch(r"step-\d+", path.name):
         path = path.parent
     try:
         stored = json.loads((path / "config.json").read_text())
@@ -1780,12 +1787,13 @@ def collapsed_steps(run):
 def sound_checkpoints(run):
     """The checkpoints of policies that have not collapsed, as far as it is known, oldest first."""
     collapsed = collapsed_steps(run)
-    return [
-        checkpoint
-        for checkpoint in checkpoints(run.path)
+    sound = []
+    for checkpoint in checkpoints(run.path):
+        step = step_of(checkpoint)
         # the policy of step-00025 is the one that samples the batch of step 26
-        if not collapsed & {step_of(checkpoint), step_of(checkpoint) + 1}
-    ]
+        if step not in collapsed and step + 1 not in collapsed:
+            sound.append(checkpoint)
+    return sound
 
 
 def prune_checkpoints(run):
@@ -1825,7 +1833,9 @@ def save_checkpoint(run):
 
 def read_log(path):
     """The rows of a JSON Lines file, without a last line that was cut short by a kill."""
-    *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if last:
+        say(f"{path}: its last line has no end, and is dropped")
     try:
         return [dict(json.loads(line)) for line in lines]
     except (ValueError, TypeError) as e:
@@ -1917,8 +1927,8 @@ def warnings_of(run, m, last):
     if m["grad_norm"] == 0:
         yield (
             "idle",
-            f"{run.cfg.method} has nothing to learn from a batch with {m['correct']:.0%} correct "
-            "responses: the gradient is exactly 0",
+            f"the gradient is exactly 0: {run.cfg.method} has nothing to learn from a batch with "
+            f"{m['correct']:.0%} correct responses, or the loss does not reach the weights",
         )
     if m["rollout_gap"] > 0.1:
         yield "gap", f"log-probs of rollout and training pass differ by {m['rollout_gap']:.2f}"
@@ -1929,7 +1939,7 @@ def print_step(m, left, header):
     if header:
         say(
             "   step    correct  length  cut  entropy  logp+  logp-   lam  beta   grad  clip   "
-            "tokens/s rollout update memory    left"
+            "tokens/s rollout update memory     left"
         )
     step = f"{m['step']:>5}/{m['steps']:<5}"
     right, wrong, lam, beta = (
@@ -1941,7 +1951,7 @@ def print_step(m, left, header):
         f"{m['entropy']:8.3f} {right:>6} {wrong:>6} {lam:>5} {beta:>5} "
         f"{m['grad_norm']:6.3f} {m['clip_frac']:5.1%} "
         f"{m['tokens'] / m['rollout_s']:10,.0f} {m['rollout_s']:6.2f}s {m['update_s']:5.2f}s "
-        f"{m['memory_gb']:4.1f}GB {duration(left):>7}"
+        f"{m['memory_gb']:4.1f}GB {duration(left):>8}"
     )
 
 
@@ -1961,9 +1971,9 @@ def plot(run):
         axis.plot([row["step"] for row in steps], values)
         axis.set(title=name, xlabel="step")
     for step, row in evaluations(log).items():
-        names = [name for name in row if name.startswith("Pass@")]
-        ks = [int(name.removeprefix("Pass@")) for name in names]
-        last.semilogx(ks, [row[name] for name in names], ".-", base=2, label=f"step {step}")
+        scores = {name: row[name] for name in row if name.startswith("Pass@")}
+        ks = [int(name.removeprefix("Pass@")) for name in scores]
+        last.semilogx(ks, [*scores.values()], ".-", base=2, label=f"step {step}")
     last.set(title="Pass@k", xlabel="k")
     last.legend()
     figure.suptitle(f"{run.path.name}: {run.cfg.method} on {run.cfg.data}")
@@ -2018,7 +2028,7 @@ def add_flags(parser, names):
 def parse_flags(argv):
     """The flags that were given, {field of Config: value}. Raises UserError."""
     parser = flag_parser(__doc__)
-    add_flags(parser, vars(Config()))
+    add_flags(parser, [knob.name for knob in fields(Config)])
     return vars(parser.parse_args(argv))
 
 
@@ -2027,7 +2037,7 @@ def pick_device(name):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
-            if device.index is None:
+            if WORLD_SIZE > 1 or device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)  # kernels are launched on the current one
             torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a plan for every shape
@@ -2057,7 +2067,7 @@ def settings(given):
     if "resume" not in given:
         cfg = resolve(given)
         path = Path("out", cfg.name)
-        if path.name != cfg.name and cfg.name:
+        if cfg.name and path.name != cfg.name or cfg.name == "..":
             raise UserError(f"--name {cfg.name}: not a plain name for a directory in out/")
         if cfg.name and path.exists():
             raise UserError(
@@ -2066,7 +2076,7 @@ def settings(given):
             )
         return cfg, {}
     path = Path(given["resume"])
-    if path in checkpoints(path.parent)[-1:]:  # a run goes on from its newest
+    if path in checkpoints(path.parent)[-1:]:  # a run goes on from its newest checkpoint
         path = path.parent
     cfg, stored = config_of(path)
     if not cfg or path in checkpoints(path.parent):
@@ -2159,9 +2169,13 @@ def restore(run, checkpoint):
 
 def open_run(cfg, stored):
     """The Run of these settings, new or to go on with. Raises UserError."""
+    Path("out").mkdir(exist_ok=True)  # where that fails, before any work is done
+    held = None
+    if stored and RANK == 0:  # before its checkpoints are looked at
+        held = lock(Path(cfg.resume, "run.lock"))
     saved = checkpoints(Path(cfg.resume)) if stored else []
     name = saved[-1] if saved else cfg.model
-    check_model(name)
+    model_config(name)
     problems, held_out = load_problems(cfg)
     if len(problems) < cfg.prompts or not held_out:
         raise UserError(
@@ -2180,23 +2194,18 @@ def open_run(cfg, stored):
     run.problems = encode_prompts(problems, run.model, run.tokenizer, cfg)
     run.held_out = encode_prompts(held_out[: cfg.eval_problems], run.model, run.tokenizer, cfg)
     if saved:
-        restore(run, name)
+        restore(run, saved[-1])
 
     def begin():
         """A new directory; or that of the run, its logs without what came after the checkpoint."""
         if not stored:
             cfg.resume = str(new_directory(cfg))
         path = Path(cfg.resume)
-        run.lock = lock(path / "run.lock")
+        run.lock = held or lock(path / "run.lock")
         for log in (path / "metrics.jsonl", path / "samples.jsonl"):
             write_log(log, [row for row in read_log(log) if row["step"] <= run.step])
-        made_by = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-            "problems_sha1": sha1,
-        }
-        content = json.dumps(asdict(cfg) | made_by, indent=1)
+        versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+        content = json.dumps(asdict(cfg) | versions | {"problems_sha1": sha1}, indent=1)
         write_whole(path / "config.json", content.encode())
         return path
 
@@ -2228,6 +2237,7 @@ def command(body):
     except KeyboardInterrupt:
         print("\nstopped; nothing is lost that was saved", file=sys.stderr)
         return 130
+    # each rank says its own: it may be the only one that has one
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
@@ -2531,7 +2541,7 @@ for _line in r"""
     _sign, *_others = _line.split()
     _SPELLINGS |= dict.fromkeys(_others, _sign)
 _NO_UNITS = {*"squared cubed plus minus over through half halves thirds not wrong".split()}
-_UNITS = {("word", sign.strip('"')) for sign in _SPELLINGS.values()}
+_UNITS = {("word", sign[1:-1]) for sign in _SPELLINGS.values() if sign[:1] == '"'}
 _TOKEN = re.compile(
     r"""
     (\()?(?P<digits>(?=["A-F]*\d)["\dA-F]++(?:\.\d+)?)(?(1)\))(?:\\[,!;:]|\s)*   # 204_{five}
@@ -2583,7 +2593,8 @@ def _read(text):
     if not text.isascii():
         for pattern, new in _UNICODE.items():
             text = re.sub(pattern, new, text)
-        text = unicodedata.normalize("NFKC", text)[: 2 * MAX_CHARS].replace("⁄", "}{")
+        text = unicodedata.normalize("NFKC", text)  # which may write 18 characters for one
+        text = text[: 2 * MAX_CHARS].replace("⁄", "}{")
     if r"\begin" not in text:  # a backslash written twice, and no end of a row
         text = text.replace(r"\\", "\\")
     for pattern, new in _REWRITES.items():
@@ -2632,7 +2643,8 @@ def _factor(stack):
         stack.pop()
         return _factor(stack)
     if stack[-1] == "-":
-        return stack.pop(), ("num", 0), _factor(stack)
+        stack.pop()
+        return "-", ("num", 0), _factor(stack)
     phrase = stack[-1][0] == "word"  # its words are multiplied
     tree = _atom(stack)
     while stack[-1] in ("!", "°"):
@@ -2719,7 +2731,8 @@ def _parse(tokens):
         for signs in ({"±": "+", "∓": "-"}, {"±": "-", "∓": "+"}):
             tree = _parse(tuple(signs.get(token, token) for token in tokens))
             items += _items(tree)
-        return tree[0] if _is_list(tree) else ",", *dict.fromkeys(items)
+        kind = tree[0] if _is_list(tree) else ","
+        return kind, *dict.fromkeys(items)
     stack = ["$", *tokens[::-1]]
     tree = _chain(stack)
     if stack != ["$"]:
@@ -2729,9 +2742,11 @@ def _parse(tokens):
 
 def parse_answer(text):
     """Return the tree of an answer (str), nested tuples, or None if the grammar lacks it."""
-    if isinstance(text, str) and len(text) <= MAX_CHARS:
-        with contextlib.suppress(*_FAILURES):
-            return _parse(_read(text))
+    if not isinstance(text, str) or len(text) > MAX_CHARS:
+        return None
+    tokens = _read(text)
+    with contextlib.suppress(*_FAILURES):
+        return _parse(tokens)
     return None
 
 
@@ -2926,7 +2941,7 @@ def _bounds(tree):
         raise ValueError("too long")
     if what[0] in "∪∩∖∨,=<>≤≥≠([⦃":
         return sum(map(_bounds, parts), [])
-    return [_value(tree).real]
+    return [_value(tree).real]  # a TypeError where an unknown is in it, as in 2x < 3
 
 
 def _same_region(a, b):
@@ -2957,7 +2972,8 @@ def _proportional(a, b):
     with contextlib.suppress(*_FAILURES):
         ratio, *others = [_value(quotient, partial(_point, k)) for k in range(3)]
         relation = a[0].translate(_FLIP) if ratio.real < 0 else a[0]
-        return relation == b[0] and all(_close(ratio, other) for other in others)
+        alike = all(_close(ratio, other) for other in others)
+        return relation == b[0] and ratio != 0 and alike  # 0 is that of x = x, which says nothing
     return False
 
 
@@ -3077,19 +3093,20 @@ def verify(response, gold, pattern=""):
     answer = extract_answer(response, pattern)
     if answer is None or not isinstance(gold, (str, int, float)):
         return False
+    if isinstance(gold, (int, float)):
+        gold = str(gold) if abs(gold) < 10**MAX_CHARS else ""
+    if max(len(answer), len(gold)) > MAX_CHARS:
+        return answer == gold
+    chosen, choice = _CHOICE.match(answer), _CHOICE.match(gold)
+    if chosen and choice:
+        return chosen[1] == choice[1]
+    a, b = _read(answer), _read(gold)
+    if a == b:
+        return a != ()
+    ours, others = _UNITS.intersection(a), _UNITS.intersection(b)
+    if ours - others and others - ours:  # 15 cm^2 is 15, but neither 15 m^2 nor 15 cm^3
+        return False
     with contextlib.suppress(*_FAILURES):
-        gold = str(gold)
-        if max(len(answer), len(gold)) > MAX_CHARS:
-            return answer == gold
-        chosen, choice = _CHOICE.match(answer), _CHOICE.match(gold)
-        if chosen and choice:
-            return chosen[1] == choice[1]
-        a, b = _read(answer), _read(gold)
-        if a == b:
-            return a != ()
-        ours, others = _UNITS.intersection(a), _UNITS.intersection(b)
-        if ours - others and others - ours:  # 15 cm^2 is 15, but neither 15 m^2 nor 15 cm^3
-            return False
         return _same(_parse(a), _parse(b))
     return False
 
@@ -3110,8 +3127,9 @@ def verify_countdown(response, gold, pattern=""):
     text = extract_answer(response, pattern) or ""
     if sorted(re.findall(r"\d+", text)) != sorted(numbers.split()) or not _SUM.fullmatch(text):
         return False
+    tokens = _read(text)
     with contextlib.suppress(*_FAILURES):
-        return _value(_parse(_read(text))) == int(target)
+        return _value(_parse(tokens)) == int(target)
     return False
 
 
