@@ -1729,7 +1729,7 @@ def lock(path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another process is at work on {path.with_suffix('')}; wait for it to end")
+        raise UserError(f"another process is at work there, and holds {path}; wait for it to end")
     return file
 
 
@@ -2037,6 +2037,8 @@ def pick_device(name):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError("there is no GPU that this torch can use")
             if WORLD_SIZE > 1 or device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)  # kernels are launched on the current one
@@ -2056,7 +2058,7 @@ def new_directory(cfg):
             return path
         except FileExistsError:
             if cfg.name:  # another process was faster
-                raise
+                raise UserError(f"--name {cfg.name}: {path} exists; choose another")
 
 
 def settings(given):
@@ -2174,6 +2176,8 @@ def open_run(cfg, stored):
     if stored and RANK == 0:  # before its checkpoints are looked at
         held = lock(Path(cfg.resume, "run.lock"))
     saved = checkpoints(Path(cfg.resume)) if stored else []
+    if stored and not saved:
+        say(f"{cfg.resume} has no checkpoint: the run begins again")
     name = saved[-1] if saved else cfg.model
     model_config(name)
     problems, held_out = load_problems(cfg)
