@@ -521,9 +521,12 @@ def picture(panels, name):
 
     figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    labels = []  # in each panel one has the same color
     for axis, (settings, curves) in zip(axes, panels):
-        for i, (label, points) in enumerate(curves):
-            turn, place = divmod(i, len(COLORS))
+        for label, points in curves:
+            if label not in labels:
+                labels.append(label)
+            turn, place = divmod(labels.index(label), len(COLORS))
             style = ("-", "--", "-.", ":")[turn % 4]
             axis.plot(*points.T, style, color=COLORS[place], marker=".", label=label)
         axis.set(**settings)
@@ -608,7 +611,9 @@ def read_points(run, x, y):
 
 
 def reached(points, x):
-    """Where in points (steps, 2) X is first x, linear between them; else nan. None: the last.
+    """The point (2,) of points (steps, 2) where X is first x, linear between them; else nan.
+
+    x None: the last point.
 
     >>> reached(np.array([[0.0, 10], [2, 30], [1, 50]]), 1.5)
     array([ 1.5, 25. ])

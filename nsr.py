@@ -738,11 +738,13 @@ def read_problems(name, cfg=Config()):
     if name in TASKS:
         return countdown_problems(name)
     keys = ("", "") if name in DOWNLOADS else (cfg.question_key, cfg.answer_key)
-    problems = {}
-    number = unanswered = repeated = 0
+    problems, place = {}, ""
+    unanswered = repeated = other = 0
     try:
         for number, row in enumerate(read_rows(fetch(name)), 1):
+            place = f", row {number}"
             if isinstance(row, str):
+                place = f", line {number}"
                 if not row.strip():
                     continue
                 row = json.loads(row)
@@ -751,20 +753,24 @@ def read_problems(name, cfg=Config()):
             problem = parse_problem(row, *keys, as_is=bool(cfg.verifier))
             if not problem.answer:
                 unanswered += 1
-            elif problem.question in problems:
-                repeated += 1
-            else:
-                problems[problem.question] = problem
+                continue
+            first = problems.setdefault(problem.question, problem)
+            repeated += first is not problem
+            other += first.answer != problem.answer
     except Exception as e:  # of files, formats and the hub's client, which raise dozens of types
-        place = f", row {number}" if number else ""
         raise UserError(
             f"{name}{place}: {first_line(e)}; --data takes JSON Lines, a JSON array, CSV, Parquet "
             f"(pip install pyarrow), or one of countdown, {', '.join(DOWNLOADS)}"
         )
-    if unanswered or repeated:
+    if unanswered:
         say(
             f"{name}: left out {unanswered} rows without an answer in "
-            f"{keys[1] or ', '.join(ANSWER_KEYS)}, and {repeated} that repeat a question"
+            f"{keys[1] or ', '.join(ANSWER_KEYS)}"
+        )
+    if repeated:
+        say(
+            f"{name}: left out {repeated} rows that repeat a question, {other} of them with another "
+            "answer"
         )
     begun = sum(ends_begun(p.messages) for p in problems.values() if p.messages)
     if begun:
@@ -1018,16 +1024,21 @@ def pretrained(kind, path, **options):
     except Exception as e:  # files, formats and hub have no common error; all mean: no model
         raise UserError(
             f"cannot load the model {path} ({first_line(e)}); give a model directory, or a hub "
-            "name and the network that it takes; merge a LoRA adapter into its base model first "
-            "(peft's merge_and_unload())"
+            "name and the network that it takes"
         )
 
 
 def model_config(name):
-    """The config of a model. Raises UserError where there is no model of that name."""
+    """The config of a model. Raises UserError where there is none, or only an adapter to one."""
     if name in TASKS:
         return countdown_config()
-    return pretrained(transformers.AutoConfig, model_path(name))
+    path = model_path(name)
+    if Path(path, "adapter_config.json").exists():
+        raise UserError(
+            f"{path} is an adapter (LoRA): merge it into its base model first, by peft's "
+            "merge_and_unload(), and give the directory of the whole"
+        )
+    return pretrained(transformers.AutoConfig, path)
 
 
 def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=False, **options):
@@ -1116,7 +1127,12 @@ def prompt_text(problem, tokenizer, cfg):
         asked[-1]["content"] += f"\n{instruction}"
     if cfg.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": cfg.system}, *messages]
-    if not (tokenizer.chat_template or problem.messages or cfg.system):
+    if not tokenizer.chat_template:
+        if problem.messages or cfg.system:
+            raise UserError(
+                "chat messages and --system need a chat template, and the model's tokenizer has "
+                'none: give problems as text, with --system "", or another model'
+            )
         return messages[0]["content"]
     unfinished = ends_begun(messages)
     try:
@@ -1129,7 +1145,7 @@ def prompt_text(problem, tokenizer, cfg):
     except Exception as e:  # it is a program, and raises what it likes
         raise UserError(
             f"the model's chat template does not take the prompt {problem.question[:80]!r} "
-            f'({first_line(e)}); give problems as text and --system "", or another model'
+            f"({first_line(e)}); change --system or the messages in the data"
         )
 
 
@@ -1835,7 +1851,7 @@ def read_log(path):
     """The rows of a JSON Lines file, without a last line that was cut short by a kill."""
     *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
     if last:
-        say(f"{path}: its last line has no end, and is dropped")
+        say(f"{path}: its last line was cut short, and is dropped")
     try:
         return [dict(json.loads(line)) for line in lines]
     except (ValueError, TypeError) as e:
@@ -2078,13 +2094,14 @@ def settings(given):
             )
         return cfg, {}
     path = Path(given["resume"])
-    if path in checkpoints(path.parent)[-1:]:  # a run goes on from its newest checkpoint
+    if path in checkpoints(path.parent)[-1:]:
         path = path.parent
     cfg, stored = config_of(path)
-    if not cfg or path in checkpoints(path.parent):
+    if not cfg:
+        raise UserError(f"--resume {path}: no run to go on with: no sound config.json of one there")
+    if path in checkpoints(path.parent):
         raise UserError(
-            f"--resume {path}: not the directory of a run, such as out/a-nsr-1, or its newest "
-            "checkpoint"
+            f"--resume {path}: a run goes on from its newest checkpoint: --resume {path.parent}"
         )
     given["resume"] = str(path)
     for name, value in given.items():
@@ -2179,7 +2196,7 @@ def open_run(cfg, stored):
     if stored and not saved:
         say(f"{cfg.resume} has no checkpoint: the run begins again")
     name = saved[-1] if saved else cfg.model
-    model_config(name)
+    model_config(name)  # before data is downloaded
     problems, held_out = load_problems(cfg)
     if len(problems) < cfg.prompts or not held_out:
         raise UserError(
@@ -2816,10 +2833,11 @@ def _value(tree, at=None):
         return parts[0]
     if what == "sym":
         return _CONSTANTS.get(parts[0]) or at(parts[0])
-    total, *others = values = [_value(part, at) for part in parts]
+    values = [_value(part, at) for part in parts]
     if what in _FUNCTIONS:
         return _FUNCTIONS[what](*values)
-    for op, x in zip(what, others):
+    total = values[0]
+    for op, x in zip(what, values[1:]):
         total = _OPS[op](total, x)
     return total
 
