@@ -1378,9 +1378,8 @@ def rollout(
     """[Response]: one to each of prompts, drawn from the seed beside it.
 
     prompts: lists of token ids. seeds: ints in [0, 2**63); a response follows from its own,
-    whatever else is in the batch. rollout_tokens: most tokens in the KV cache, prompts and what is
-    unused included. title: of the line that shows progress, "": none. Raises UserError where the
-    model's logits are not finite, and Stopped.
+    whatever else is in the batch. rollout_tokens: most tokens in the KV cache, unused ones too.
+    title: of the line of progress, "": none. Raises Stopped, and UserError at logits not finite.
     """
     model.eval()
     columns = max(map(len, prompts), default=0) + max_new_tokens
@@ -1417,7 +1416,7 @@ def rollout(
             i = owner.pop(row)
             responses[i] = Response(prompts[i], ids[:n], logp[:n], ids[n - 1] in stop_ids)
         ended += len(done)
-        if title and ended:
+        if title and 8 * ended >= len(prompts):  # the first to end say little of the rest
             seconds = time.time() - started
             left = duration(seconds / ended * (len(prompts) - ended))
             rate = f"{tokens / seconds:,.0f} tokens/s"
