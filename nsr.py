@@ -1913,7 +1913,8 @@ def warnings_of(run, m, last):
 
     m: metrics of a step (dict). last: one of its responses.
     """
-    if run.step in collapsed_steps(run):
+    low = collapsed_steps(run)
+    if run.step in low and run.step - 1 in low:  # one batch may be hard by chance
         text = (
             f"the policy has collapsed: {m['correct']:.1%} correct, entropy {m['entropy']:.3f}; "
             "start anew with a lower --lr"
@@ -1921,7 +1922,7 @@ def warnings_of(run, m, last):
         for sound in sound_checkpoints(run)[-1:]:
             text += f", or from before it, with --model {sound}"
         yield "collapsed", text
-    elif m["truncated"] > 0.5:
+    if m["truncated"] > 0.5 and run.step not in low:
         yield (
             "cut",
             "most responses are cut at --max-new-tokens, often before their answer: raise it",

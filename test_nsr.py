@@ -2617,6 +2617,20 @@ def test_a_collapse_is_said_and_the_last_sound_checkpoint_kept(cli, base, monkey
     assert nsr.collapsed_steps(run) == {*range(step + 1, 11)}
 
 
+def test_one_hard_batch_is_no_collapse(base, tmp_path):
+    run = a_run(nsr.load_model(base, "cpu")[0], prompts=8, group_size=4)
+    run.path = tmp_path
+    m = dict(entropy=0.5, truncated=0.0, boxed=1.0, grad_norm=1.0, rollout_gap=0.0)
+    said = {}
+    for step, share in enumerate((0.8, 0.05, 0.8, 0.05, 0.05), 1):
+        m["step"] = run.step = step
+        m["correct"] = share
+        nsr.append_log(tmp_path / "metrics.jsonl", m)
+        said[step] = [name for name, _ in nsr.warnings_of(run, m, None)]
+    assert said == {1: [], 2: [], 3: [], 4: [], 5: ["collapsed"]}
+    assert nsr.collapsed_steps(run) == {2, 4, 5}
+
+
 def test_a_run_hands_its_preset_and_system_message_on(cli, base):
     assert cli(*short(base, steps=1, name="run"))[0] == 0
     for name in ("out/run", "out/run/step-00001"):
