@@ -39,6 +39,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
 
 import transformers
+from matplotlib.figure import Figure
 
 import eval as evaluation_command
 import kernels.linear_logprob as L
@@ -133,6 +134,8 @@ def cli(monkeypatch, tmp_path, capsys):
     """cli(*flags) runs nsr.py's command in this process, in an empty folder: (status, out, err)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(nsr, "countdown_problems", lambda task: copy.deepcopy(FEW_PROBLEMS))
+    # curves.png takes a second to draw; runs of the script do
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["nsr.py", *map(str, flags)])
@@ -2768,7 +2771,9 @@ def finished(base, tmp_path_factory):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and not err, err
     assert "On 4 held-out problems" in out
-    return cwd / "out/a-nsr-1"
+    path = cwd / "out/a-nsr-1"
+    assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    return path
 
 
 def test_checkpoint_loads_anywhere(finished):
