@@ -15,6 +15,7 @@ import hashlib
 import re
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,18 +25,24 @@ import torch
 import nsr
 from nsr import Config, UserError
 
-# how responses are drawn, if not as a run draws them: as the papers evaluate on MATH
-MATH = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 3072}
 FIELDS = {"question_id", "generation_id", "response", "gold_answer", "label"}  # in every row
-# in every row that is sampled here
-SETTINGS = ("model", "weights", "data", "answer_pattern", "verifier", "n", *MATH)
-# flags of nsr.py, which say how problems are read, asked and checked
-PROMPT_FLAGS = (
-    "question_key answer_key instruction system answer_pattern verifier max_prompt_tokens"
-)
+# in every row that is sampled here; the last four say how
+SETTINGS = "model weights data answer_pattern verifier n temperature top_p max_new_tokens".split()
+# flags of nsr.py; all but the last two say how problems are read, asked and checked
+NSR_FLAGS = (
+    "question_key answer_key instruction system answer_pattern verifier max_prompt_tokens seed "
+    "device"
+).split()
 # Student's t at 97.5% by degrees of freedom; from 10 on it is 1.96 + 2.5 / n, to within 1%
 STUDENT_T = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 COLORS = "#000000 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9".split()  # of Okabe and Ito
+
+
+def positive_integer(text):
+    """The value of a flag, which argparse refuses by this function's name."""
+    if int(text) <= 0:
+        raise ValueError
+    return int(text)
 
 
 def parse_flags():
@@ -44,14 +51,18 @@ def parse_flags():
     flag = parser.add_argument
     flag("models", nargs="*", help="directory, out/NAME, hub name, countdown[-hard]")
     flag("--data", nargs="+", help="problem sets [what a run held out; else MATH, AIME, AMC]")
-    flag("-n", type=int, default=256, help="responses to each problem [256]")
-    flag("-k", type=int, nargs="+", help="columns of the table [1 2 4 ... n]")
-    flag("--problems", type=int, help="only so many of each set, drawn at random [all]")
+    flag("-n", type=positive_integer, default=256, help="responses to each problem [256]")
+    flag("-k", type=positive_integer, nargs="+", help="columns of the table [1 2 4 ... n]")
+    flag("--problems", type=positive_integer, help="only so many of each set, at random [all]")
     flag("--temperature", type=float, help="[0.6; on what a run held out, its own]")
     flag("--top-p", type=float, help="draw from the likeliest of this mass [0.95; 1 likewise]")
     flag("--max-new-tokens", type=int, help="longest response in tokens [3072; the run's likewise]")
-    flag("--rollout-tokens", type=int, default=2**16, help="most tokens in the KV cache [65536]")
-    flag("--seed", type=int, default=0, help="decides every random draw [0]")
+    flag(
+        "--rollout-tokens",
+        type=positive_integer,
+        default=2**16,
+        help="most tokens in the KV cache [65536]",
+    )
     flag("--compare", action="store_true", help="also the paired differences to the first model")
     flag("--group", action="store_true", help="NAME-s0, NAME-s1, ... are seeds of one model")
     flag("--save", help="also write SAVE.md, SAVE.csv, SAVE.png and SAVE.svg")
@@ -65,23 +76,23 @@ def parse_flags():
     flag("--at", nargs="+", type=float, help="with --log X:Y: Y where X is first AT")
     flag("--out", default="out/eval", help="directory where responses are kept [out/eval]")
     flag("--rescore", nargs="+", type=Path, help="sample none; verify again what files hold")
-    flag("--device", help="cpu, cuda, cuda:1, ... [cuda if there is one, else cpu]")
-    nsr.add_flags(parser, PROMPT_FLAGS.split())
+    nsr.add_flags(parser, NSR_FLAGS)
     args = parser.parse_args()
-    nsr.check_pattern(getattr(args, "answer_pattern", ""))
-    if args.top_p and args.top_p > 1:
-        parser.error(f"--top-p {args.top_p}: is a share, 1 at most")
+    args.given = {  # fields of Config that are not as in a run, or as in the papers
+        name: value
+        for name, value in vars(args).items()
+        if name in (*NSR_FLAGS, "temperature", "max_new_tokens") and value is not None
+    }
+    nsr.check(Config(**args.given))
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        parser.error(f"--top-p {args.top_p}: is a share, above 0 and 1 at most")
     if bool(args.models) == bool(args.rescore):
         parser.error("give models to evaluate, the runs (first) of --log, or files to --rescore")
     if args.at and not args.log:
         parser.error("--at goes with --log X:Y")
-    for name in "-n -k --problems --temperature --top-p --max-new-tokens --rollout-tokens".split():
-        value = getattr(args, name.strip("-").replace("-", "_"))
-        if value is not None and np.min(value) <= 0:
-            parser.error(f"{name} {value}: must be above 0")
     if args.k and max(args.k) > args.n and not args.rescore:
         parser.error(f"-k {max(args.k)}: Pass@k takes k of the -n {args.n} responses")
-    args.models = [*dict.fromkeys(name.rstrip("/") for name in args.models)]
+    args.models = dict.fromkeys(name.rstrip("/") for name in args.models)
     return args
 
 
@@ -95,10 +106,9 @@ def sample_models(args):
     Where Ctrl-C stops it the files are those that are complete, else what there is of the first.
     Raises UserError.
     """
-    for name in args.models:
-        nsr.model_config(name)  # before data is downloaded
     runs = {}  # {set: Config of the first run that held it out}
     for name in args.models:
+        nsr.model_config(name)  # before data is downloaded
         cfg = run_config(name, args)
         if not cfg:
             continue
@@ -122,17 +132,12 @@ def sample_models(args):
     return done, 0
 
 
-def prompt_flags(args):
-    """{field of Config: value} of the flags in PROMPT_FLAGS that were given."""
-    return {name: value for name, value in vars(args).items() if name in PROMPT_FLAGS.split()}
-
-
 def run_config(name, args):
     """Config of a model that is a run or an embedded base policy; None of another."""
     cfg, _ = nsr.config_of(name)
     if name in nsr.TASKS:
         cfg = nsr.resolve({"preset": name})
-    return cfg and replace(cfg, **prompt_flags(args))
+    return cfg and replace(cfg, **args.given)
 
 
 def problem_set(name, runs, args):
@@ -142,17 +147,15 @@ def problem_set(name, runs, args):
     """
     cfg = runs.get(name)
     if name in nsr.TASKS and not cfg:
-        cfg = replace(nsr.resolve({"preset": name}), **prompt_flags(args))
+        cfg = run_config(name, args)
     for other in runs.values():
         if not cfg and Path(name).resolve() == Path(other.data).resolve():
             cfg = other
-    if not cfg:
-        return name, nsr.shuffled_problems(name, Config(**prompt_flags(args))), None
-    if name == cfg.eval_data:
-        return name, nsr.shuffled_problems(name, cfg), cfg
-    _, problems = nsr.load_problems(cfg)
+    if not cfg or name == cfg.eval_data:
+        return name, nsr.shuffled_problems(name, cfg or Config(**args.given)), cfg
     if name not in nsr.TASKS:
         nsr.say(f"{name} was trained on: these are the problems that the run held out")
+    _, problems = nsr.load_problems(cfg)
     return cfg.eval_data or name, problems, cfg
 
 
@@ -161,28 +164,26 @@ def sample_sets(name, sets, args, begun, done):
 
     sets: {name: (problems, Config of the run that held them out, or None)}. Raises UserError.
     """
-    model, tokenizer = nsr.load_model(name, nsr.pick_device(args.device))
+    model, tokenizer = nsr.load_model(name, nsr.pick_device(args.given.get("device")))
     bits = sum(int(p.data.view(torch.int32).sum()) for p in model.parameters())
-    given = prompt_flags(args)
+    # how the papers ask, and draw on MATH
+    papers = {"system": nsr.papers_system(name), "temperature": 0.6, "max_new_tokens": 3072}
     for data, (problems, held_by) in sets.items():
-        papers = replace(Config(system=nsr.papers_system(name)), **given)
-        cfg = run_config(name, args) or held_by or papers  # of the prompts
+        drawn = held_by or Config(**papers | args.given)
+        asked = run_config(name, args) or drawn
         settings = {
             "model": name,
             "weights": f"{bits % 2**64:x}",
             "data": data,
             "n": args.n,
-            "answer_pattern": cfg.answer_pattern,
-            "verifier": (held_by or papers).verifier,  # the one that the problems were read with
+            "answer_pattern": asked.answer_pattern,
+            "verifier": drawn.verifier,  # the one that the problems were read with
+            "temperature": drawn.temperature,
+            "top_p": args.top_p or (1.0 if held_by else 0.95),
+            "max_new_tokens": drawn.max_new_tokens,
         }
-        usual = MATH
-        if held_by:
-            usual = {"temperature": held_by.temperature, "top_p": 1.0}
-            usual["max_new_tokens"] = held_by.max_new_tokens
-        for knob, value in usual.items():
-            settings[knob] = getattr(args, knob) or value
-        cfg = replace(cfg, max_new_tokens=settings["max_new_tokens"])
-        kept = nsr.encode_prompts(problems, model, tokenizer, cfg)
+        asked = replace(asked, max_new_tokens=drawn.max_new_tokens)
+        kept = nsr.encode_prompts(problems, model, tokenizer, asked)
         file = re.sub(r"[^\w.-]+", "-", f"{name}--{data}").strip("-.")[-200:]
         path = Path(args.out, f"{file}.jsonl")
         greedy = settings | {"n": 1, "temperature": 0.0, "top_p": 1.0}
@@ -201,12 +202,22 @@ def sample(path, model, tokenizer, problems, settings, args):
     """
     n, asked, planned = settings["n"], [], []
     for problem in problems:
+        sha1 = hashlib.sha1(repr(problem.prompt_ids).encode()).hexdigest()[:10]
         for i in range(n):
             asked.append(problem)
-            planned.append(settings | row_of(problem, i, args.seed))
+            row = {
+                "question_id": problem.question,
+                "generation_id": i,
+                "prompt_sha1": sha1,
+                "seed": nsr.seed_of(args.given.get("seed", 0), problem.question, i),
+                "response": None,  # None: the response will say
+                "pred_answer": None,
+                "gold_answer": problem.answer,
+            }
+            planned.append(settings | row)
     rows = nsr.read_log(path)
     check_rows(path, rows, planned)
-    sampling = {knob: settings[knob] for knob in MATH}
+    sampling = {knob: settings[knob] for knob in SETTINGS[-3:]}
     if not sampling["temperature"]:
         sampling |= {"temperature": 1.0, "top_p": 1e-9}  # greedy: a nucleus of one token
 
@@ -215,16 +226,15 @@ def sample(path, model, tokenizer, problems, settings, args):
     longest = max(len(p.prompt_ids) for p in problems) + sampling["max_new_tokens"]
     chunk = n * max(1, 4 * args.rollout_tokens // (n * longest))
     if len(rows) < len(asked):
-        rows = rows[: len(rows) - len(rows) % chunk]
+        rows = rows[: len(rows) // chunk * chunk]
         nsr.write_log(path, rows)
     first, started = len(rows), time.time()
-    for done in range(first, len(asked), chunk):
-        some = slice(done, done + chunk)
-        title = (
-            f"{settings['model']} on {settings['data']}, problem {done // n + 1}/{len(problems)}"
-        )
-        if done > first:
-            left = (time.time() - started) / (done - first) * (len(asked) - done)
+    while len(rows) < len(asked):
+        some = slice(len(rows), len(rows) + chunk)
+        number = len(rows) // n + 1
+        title = f"{settings['model']} on {settings['data']}, problem {number}/{len(problems)}"
+        if len(rows) > first:
+            left = (time.time() - started) / (len(rows) - first) * (len(asked) - len(rows))
             score = np.mean([row["label"] for row in rows])
             title += f", {nsr.duration(left)} left in all, Pass@1 {score:.3f}"
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type != "cpu"):
@@ -242,19 +252,6 @@ def sample(path, model, tokenizer, problems, settings, args):
             row |= fields_of(response)
         nsr.append_log(path, *planned[some])
         rows += planned[some]
-
-
-def row_of(problem, i, seed):
-    """The i-th row of a problem, None where its response will say."""
-    return {
-        "question_id": problem.question,
-        "generation_id": i,
-        "prompt_sha1": hashlib.sha1(repr(problem.prompt_ids).encode()).hexdigest()[:10],
-        "seed": nsr.seed_of(seed, problem.question, i),
-        "response": None,
-        "pred_answer": None,
-        "gold_answer": problem.answer,
-    }
 
 
 def fields_of(response):
@@ -288,55 +285,51 @@ def check_rows(path, rows, planned):
 class Found:
     """What a file of responses holds."""
 
-    path: Path
     model: str
     data: str
     sampling: str  # n and how they were drawn
     tallies: dict  # {question_id: {measure: value}}, of the problems that have all n responses
 
 
-def load(path, args, ks=None, problems=None):
-    """Found of a file of responses, of its first `problems` (None: all).
-
-    With --rescore verdicts are made anew, and those that change are printed. ks: the k of Pass@k.
-    Raises UserError.
-    """
-    rows = nsr.read_log(path)
-    if not rows or not all(FIELDS <= row.keys() for row in rows):
-        raise UserError(f"{path}: no such file, or a line lacks one of {', '.join(sorted(FIELDS))}")
-    if args.rescore:
-        verify_again(path, rows, args)
-    settings = {key: rows[0].get(key) for key in SETTINGS}
-    check_rows(path, rows, [settings] * len(rows))
-    groups = {}
-    for row in rows:
+def load(path, args):
+    """Found of a file of responses. Raises UserError."""
+    groups, tallies = {}, {}
+    for row in read_rows(path, args):
         groups.setdefault(row["question_id"], {})[row["generation_id"]] = row
-    n = settings["n"] or min(map(len, groups.values()))
-    if ks and max(ks) > n:
-        raise UserError(f"{path}: Pass@{max(ks)} takes more than its {n} responses to a problem")
-    tallies = {}
-    for question, group in [*groups.items()][:problems]:
+    n = row.get("n") or min(map(len, groups.values()))
+    if args.k and max(args.k) > n:
+        raise UserError(
+            f"{path}: Pass@{max(args.k)} takes more than its {n} responses to a problem"
+        )
+    for question, group in [*groups.items()][: args.problems]:
         if len(group) >= n:
-            tallies[question] = tally([*group.values()][:n], ks)
+            tallies[question] = tally([*group.values()][:n], args.k)
     greedy = path.parent / "greedy" / path.name
     if greedy.exists():
-        for question, measures in load(greedy, args).tallies.items():
-            if question in tallies:
-                tallies[question]["greedy"] = measures["Pass@1"]
-    sampling = ", ".join(f"{key} {settings[key]}" for key in ("n", *MATH) if settings[key])
-    model, data = settings["model"] or str(path), settings["data"] or path.stem
-    return Found(path, model, data, sampling, tallies)
+        for answer in read_rows(greedy, args):
+            tallies.get(answer["question_id"], {})["greedy"] = bool(answer["label"])
+    sampling = ", ".join(f"{key} {row[key]}" for key in SETTINGS[-4:] if row.get(key))
+    return Found(row.get("model") or str(path), row.get("data") or path.stem, sampling, tallies)
 
 
-def verify_again(path, rows, args):
-    """Set label and pred_answer of rows anew; print which verdicts change. Raises UserError."""
-    given, changes = prompt_flags(args), []
-    wanted, custom = rows[0].get("verifier"), None
+def read_rows(path, args):
+    """The rows (dicts) of a file of responses. Raises UserError.
+
+    With --rescore their label and pred_answer are made anew, and verdicts that change are printed.
+    """
+    rows, given = nsr.read_log(path), args.given
+    if not rows or not all(FIELDS <= row.keys() for row in rows):
+        raise UserError(f"{path}: no such file, or a line lacks one of {', '.join(sorted(FIELDS))}")
+    check_rows(path, rows, [{key: rows[0].get(key) for key in SETTINGS}] * len(rows))
+    if not args.rescore:
+        return rows
+    changes, custom = [], None
     if "verifier" in given:
         custom = nsr.load_verifier(given["verifier"])
-    elif wanted:  # a file of responses does not say what is executed
+    elif rows[0].get("verifier"):  # a file of responses does not say what is executed
         raise UserError(
-            f"{path}: its rows were checked by --verifier {wanted}; give it, or another"
+            f"{path}: its rows were checked by --verifier {rows[0]['verifier']}; give it, or "
+            "another"
         )
     for row in rows:
         countdown = re.fullmatch(r"\d+( \d+)+ = \d+", str(row["gold_answer"]))
@@ -348,6 +341,7 @@ def verify_again(path, rows, args):
         if row["label"] != bool(before):
             changes.append(f"  {row['label']}: {row['pred_answer']!r} / {row['gold_answer']!r}")
     print(f"{path}: {len(rows)} responses, {len(changes)} verdicts changed", *changes, sep="\n")
+    return rows
 
 
 def tally(rows, ks):
@@ -374,21 +368,24 @@ class Table:
     data: str
     caption: str
     models: list
-    labels: list  # the models, then differences between them
-    measures: list
-    numbers: np.ndarray  # (labels, measures, 3) float64: value, low and high
+    numbers: dict  # {model, or difference of two: {measure: (value, low, high)}}
 
 
-def report(found, args):
-    """Print the tables of a list of Found, and write what --save asks for. Raises UserError."""
-    tables, panels = [], []
-    for data in dict.fromkeys(one.data for one in found):
-        table = compute([one for one in found if one.data == data], args)
+def report(files, args):
+    """Print the tables of files of responses, and write what --save asks for. Raises UserError."""
+    sets, tables, panels = {}, [], []  # sets: {set: {model: Found}}
+    for path in files:
+        found = load(path, args)
+        models = sets.setdefault(found.data, {})
+        models[str(path) if found.model in models else found.model] = found
+    for data, models in sets.items():
+        table = compute(data, models, args)
         tables.append(table)
-        ks = [int(name.removeprefix("Pass@")) for name in table.measures if "Pass@" in name]
-        curves = []
-        for label, numbers in zip(table.models, table.numbers):
-            curves.append((label, np.column_stack([ks, numbers[: len(ks), 0]])))
+        curves = {}
+        for label in table.models:
+            numbers = table.numbers[label]
+            ks = [int(name.removeprefix("Pass@")) for name in numbers if "Pass@" in name]
+            curves[label] = ks, [numbers[f"Pass@{k}"][0] for k in ks]
         axis = {
             "xscale": "log",
             "xticks": ks,
@@ -398,42 +395,62 @@ def report(found, args):
             "title": data,
         }
         panels.append((axis, curves))
-    publish(tables, panels, args)
+    publish(tables, panels, args.save)
 
 
-def compute(found, args):
-    """Table of a list of Found with one data, over the problems that all have. Raises UserError."""
-    questions = found[0].tallies
-    for one in found:
-        questions = [question for question in questions if question in one.tallies]
+def compute(data, models, args):
+    """Table of {model: Found} of one set, over the problems that all have. Raises UserError."""
+    questions = next(iter(models.values())).tallies
+    for found in models.values():
+        questions = [question for question in questions if question in found.tallies]
     if not questions:
-        raise UserError(f"{one.data}: no problem to which all models have all their responses")
-    measures, groups, names = {}, {}, set()
-    for one in found:
+        raise UserError(f"{data}: no problem to which all models have all their responses")
+    measures, samplings, groups, numbers = {}, {}, {}, {}
+    for found in models.values():
+        samplings[found.sampling] = True
         for question in questions:
-            measures |= one.tallies[question]
+            measures |= found.tallies[question]
     # Pass@k first, levels and subjects last and by name
     measures = sorted(measures, key=lambda m: ("Pass@" not in m, m if ":" in m else ""))
-    for one in found:
-        scores = []
-        for question in questions:
-            scores.append([one.tallies[question].get(name, np.nan) for name in measures])
-        name = str(one.path) if one.model in names else one.model
-        names.add(name)
+    for name, found in models.items():
+        scores = [[*map(found.tallies[question].get, measures)] for question in questions]
         groups.setdefault(label_of(name, args), []).append(scores)
-    means = bootstrap([np.array(group, float) for group in groups.values()])
-    models = [*groups]
-    labels = models
-    caption = f"{one.data}, {len(questions)} problems, "
-    caption += " or ".join(dict.fromkeys(one.sampling for one in found))
-    caption += "; below each its 95% interval, by bootstrap over problems and seeds"
+    caption = (
+        f"{data}, {len(questions)} problems, {' or '.join(samplings)}; below each its 95% "
+        "interval, by bootstrap over problems and seeds"
+    )
+    means = dict(zip(groups, bootstrap(groups.values())))
     if args.compare:
-        labels = models + [f"{label} - {models[0]}" for label in models[1:]]
-        means = np.concatenate([means, means[:, 1:] - means[:, :1]], axis=1)
+        first, *others = groups
+        for label in others:
+            means[f"{label} - {first}"] = means[label] - means[first]
         caption += "; * excludes 0"
-    intervals = np.nanpercentile(means[1:], [2.5, 97.5], axis=0)
-    numbers = np.stack([means[0], *intervals], axis=-1)
-    return Table(one.data, caption, models, labels, measures, numbers)
+    for label, (value, *resampled) in means.items():
+        interval = np.nanpercentile(resampled, [2.5, 97.5], axis=0)
+        numbers[label] = dict(zip(measures, zip(value, *interval)))
+    return Table(data, caption, [*groups], numbers)
+
+
+@np.errstate(invalid="ignore")  # where none of the problems counts, a mean is 0 / 0: nan
+def bootstrap(groups, resamples=10_000):
+    """(groups, 1 + resamples, measures) float64: means over problems and seeds, and resampled ones.
+
+    groups: of (seeds, P, measures), None where a problem does not count. Problems and seeds are
+    drawn with replacement, the same problems for all groups, so that differences are paired.
+    """
+    rng, parts = np.random.default_rng(0), []
+    for group in groups:
+        scores = np.array(group, float)
+        parts.append(np.array([np.nan_to_num(scores), ~np.isnan(scores)]))  # what, and which count
+    means = [[np.divide(*part.sum(2)).mean(0)] for part in parts]
+    count = scores.shape[1]
+    for _ in range(resamples):
+        weights = np.bincount(rng.integers(count, size=count), minlength=count)
+        for part, rows in zip(parts, means):
+            by_seed = np.divide(*(weights @ part))
+            seeds = rng.integers(len(by_seed), size=len(by_seed))
+            rows.append(by_seed[seeds].mean(0))
+    return np.array(means)
 
 
 def label_of(name, args):
@@ -441,40 +458,17 @@ def label_of(name, args):
     return re.sub(r"^.*/|-s\d+$", "", name) if args.group else name
 
 
-@np.errstate(invalid="ignore")  # where none of the problems counts, a mean is 0 / 0: nan
-def bootstrap(groups, resamples=10_000):
-    """(1 + resamples, groups, measures) float64: means over problems and seeds, and resampled ones.
-
-    groups: of (seeds, P, measures), nan where a problem does not count. Problems and seeds are
-    drawn with replacement, the same problems for all groups, so that differences are paired.
-    """
-    rng, count = np.random.default_rng(0), groups[0].shape[1]
-    # of each group the scores, and which of them count: (2, seeds, P, measures)
-    parts = [np.array([np.nan_to_num(group), ~np.isnan(group)]) for group in groups]
-    means = [[np.divide(*part.sum(2)).mean(0) for part in parts]]
-    for _ in range(resamples):
-        weights = np.bincount(rng.integers(count, size=count), minlength=count)
-        row = []
-        for part in parts:
-            by_seed = np.divide(*(weights @ part))
-            seeds = rng.integers(len(by_seed), size=len(by_seed))
-            row.append(by_seed[seeds].mean(0))
-        means.append(row)
-    return np.array(means)
-
-
 def markdown(table):
     """A Table as text, nine measures side by side: values, and below them their intervals."""
     page = f"{table.caption}:\n\n"
-    for at in range(0, len(table.measures), 9):
-        rows = [["", *table.measures[at : at + 9]]]
-        for label, numbers in zip(table.labels, table.numbers):
+    for names in nsr.split([*table.numbers[table.models[0]]], 9):
+        rows = [["", *names]]
+        for label, numbers in table.numbers.items():
+            sign = "" if label in table.models else "+"
             values, intervals = [label], [""]
-            for value, low, high in numbers[at : at + 9]:
-                text = digits(value)
-                if label not in table.models:
-                    text = digits(value, "+") + ("*" if low * high > 0 else "")
-                values.append(text)
+            for value, low, high in map(numbers.get, names):
+                star = "*" if sign and low * high > 0 else ""
+                values.append(digits(value, sign) + star)
                 intervals.append("" if np.isnan(low) else f"{digits(low)} {digits(high)}")
             rows += [values, intervals] if any(intervals) else [values]
         widths = [max(map(len, column)) for column in zip(*rows)]
@@ -494,41 +488,38 @@ def digits(x, sign=""):
     return "-" if np.isnan(x) else re.sub(r"^([+-]?)0\.", r"\1.", f"{x:{sign}.3f}")
 
 
-def publish(tables, panels, args):
-    """Print the tables, and write them and the panels if --save asks for it."""
+def publish(tables, panels, save):
+    """Print the tables, and write them and the panels as SAVE.md and so on if there is a name."""
     page = "".join(map(markdown, tables))
     nsr.say(page.rstrip())
-    if not args.save:
+    if not save:
         return
-    Path(args.save).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{args.save}.md").write_text(page)
-    with open(f"{args.save}.csv", "w", newline="") as file:
+    nsr.write_whole(Path(f"{save}.md"), page.encode())
+    with open(f"{save}.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["data", "model", "measure", "value", "low", "high"])
+        writer.writerow("data model measure value low high".split())
         for table in tables:
-            for label, numbers in zip(table.labels, table.numbers):
-                for name, number in zip(table.measures, numbers):
+            for label, numbers in table.numbers.items():
+                for name, number in numbers.items():
                     writer.writerow([table.data, label, name, *number])
-    picture(panels, args.save)
+    picture(panels, save)
 
 
 def picture(panels, name):
     """Draw panels side by side as NAME.png and NAME.svg.
 
-    A panel is (settings of its axis, curves), a curve (label, points (points, 2): x and y).
+    A panel is (settings of its axis, {label: (x, y), two sequences of numbers}).
     """
-    from matplotlib.figure import Figure  # slow to import
+    from matplotlib import cycler  # slow to import
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    labels = []  # in each panel one has the same color
+    styles = cycler(linestyle=["-", "--", "-.", ":"]) * cycler(color=COLORS)
+    style_of = defaultdict(styles().__next__)  # in each panel a label has the same
     for axis, (settings, curves) in zip(axes, panels):
-        for label, points in curves:
-            if label not in labels:
-                labels.append(label)
-            turn, place = divmod(labels.index(label), len(COLORS))
-            style = ("-", "--", "-.", ":")[turn % 4]
-            axis.plot(*points.T, style, color=COLORS[place], marker=".", label=label)
+        for label, points in curves.items():
+            axis.plot(*points, marker=".", label=label, **style_of[label])
         axis.set(**settings)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -555,23 +546,24 @@ def label_ends(axis):
 
 def report_log(args):
     """Print the table that --log asks for, and write what --save asks for. Raises UserError."""
-    runs, panels, columns = {}, [], {}
+    runs, panels, columns, numbers = {}, [], {}, {}
     for run in args.models:
         runs.setdefault(label_of(run, args), []).append(run)
     for pair in args.log:
         x, _, keys = pair.partition(":")
-        curves = []
+        curves = {}
         for y in keys.split(","):
-            for label, names in runs.items():
-                seeds = read_seeds(names, x, y)
-                curves.append((f"{label}, {y}" if "," in keys else label, seeds.mean(0)))
-                for at in args.at or [None]:
-                    column = y if at is None else f"{y} at {x} {at:g}"
-                    values = np.array([reached(points, at)[1] for points in seeds])
-                    columns.setdefault(column, []).append(values)
+            groups = {label: read_seeds(names, x, y) for label, names in runs.items()}
+            for label, seeds in groups.items():
+                curves[f"{label}, {y}" if "," in keys else label] = seeds.mean(0).T
+            for at in args.at or [None]:
+                column = y if at is None else f"{y} at {x} {at:g}"
+                if column in columns:
+                    raise UserError(
+                        "--log: two X:Y with one Y, whose value the table has once; ask twice"
+                    )
+                columns[column] = student_intervals(groups.values(), at)
         panels.append(({"xlabel": x, "ylabel": keys}, curves))
-    if any(len(values) > len(runs) for values in columns.values()):
-        raise UserError("--log: two X:Y with one Y, whose value the table has once; ask twice")
     caption = "Last values"
     if args.at:
         caption = "Where X first crosses a value, linear between points (-: some seed never does)"
@@ -579,59 +571,58 @@ def report_log(args):
         caption += (
             ", mean over seeds; below, 95% interval by Student's t, one variance for all rows"
         )
-    numbers = np.stack([student_intervals(values) for values in columns.values()], axis=1)
-    models = [*runs]
-    publish([Table("log", caption, models, models, [*columns], numbers)], panels, args)
+    for label, *intervals in zip(runs, *columns.values()):
+        numbers[label] = dict(zip(columns, intervals))
+    publish([Table("log", caption, [*runs], numbers)], panels, args.save)
 
 
 def read_seeds(runs, x, y):
-    """(seeds, steps, 2) float64: X and Y at the steps that all runs have. Raises UserError."""
-    found = [read_points(run, x, y) for run in runs]
+    """(seeds, steps, 2) float64: X and Y in the metrics.jsonl of runs, at the steps that all have.
+
+    Raises UserError.
+    """
+    found, keys = [], {}
+    for run in runs:
+        log = Path(run, "metrics.jsonl")
+        rows = nsr.read_log(log)
+        for row in rows:
+            keys |= row
+        rows = [row for row in rows if None not in (row.get(x), row.get(y))]
+        if not rows:
+            raise UserError(
+                f"--log X:Y: no line of {log} has both {x} and {y}; the keys there are "
+                f"{', '.join(keys) or 'none: is it the directory of a run?'}"
+            )
+        rows = [row for row in rows if "steps" in row] or rows  # of a key of both, training's
+        found.append({row["step"]: (row[x], row[y]) for row in rows})
     steps = sorted(set.intersection(*map(set, found)))
     if not steps:
         raise UserError(f"{x} and {y} of {', '.join(runs)} have no step in common")
     return np.array([[*map(points.get, steps)] for points in found])
 
 
-def read_points(run, x, y):
-    """{step: (X, Y)} of a run's metrics.jsonl. Raises UserError."""
-    log = Path(run, "metrics.jsonl")
-    rows = nsr.read_log(log)
-    keys = {}
-    for row in rows:
-        keys |= row
-    found = [row for row in rows if None not in (row.get(x), row.get(y))]
-    if not found:
-        raise UserError(
-            f"--log X:Y: no line of {log} has both {x} and {y}; the keys there are "
-            f"{', '.join(keys) or 'none: is it the directory of a run?'}"
-        )
-    found = [row for row in found if "steps" in row] or found  # of a key of both, training's
-    return {row["step"]: (row[x], row[y]) for row in found}
-
-
 def reached(points, x):
-    """The point (2,) of points (steps, 2) where X is first x, linear between them; else nan.
+    """Y of points (steps, 2) where X is first x, linear between them, else nan; x None: the last.
 
-    x None: the last point.
-
-    >>> reached(np.array([[0.0, 10], [2, 30], [1, 50]]), 1.5)
-    array([ 1.5, 25. ])
+    >>> print(reached(np.array([[0.0, 10], [2, 30], [1, 50]]), 1.5))
+    25.0
     """
     if x is None:
-        return points[-1]
-    for before, after in zip([points[0], *points], points):
-        start, end = before[0], after[0]
+        return points[-1, 1]
+    for (start, y), (end, next_y) in zip([points[0], *points], points):
         if min(start, end) <= x <= max(start, end):
-            return before + (x - start) / (end - start or 1) * (after - before)
-    return points[0] * np.nan
+            return y + (x - start) / (end - start or 1) * (next_y - y)
+    return np.nan
 
 
-def student_intervals(labels):
-    """[(mean, low, high)] of [(seeds,)], one a label; nan where it cannot be told.
+def student_intervals(groups, x):
+    """[(mean, low, high)] of what groups (seeds, steps, 2) have reached(), nan where unknown.
 
     All have one variance: two or three seeds say little of their own.
     """
+    labels = []
+    for seeds in groups:
+        labels.append(np.array([reached(points, x) for points in seeds]))
     squares = np.nansum([len(values) * values.var() for values in labels])
     freedom = sum(len(values) - 1 for values in labels if not np.isnan(values).any())
     t = STUDENT_T[freedom] if freedom < 10 else 1.96 + 2.5 / freedom
@@ -652,8 +643,7 @@ def main():
     if not files:
         files, status = sample_models(args)
     if files:
-        problems = None if args.rescore else args.problems
-        report([load(path, args, args.k, problems) for path in files], args)
+        report(files, args)
     return status
 
 
