@@ -120,8 +120,7 @@ def sample_models(args):
             )
     sets = {}  # {name: (problems, Config or None)}, all before the first is sampled
     for name in args.data or runs or ["math-test", "aime2025", "amc23"]:
-        name, problems, cfg = problem_set(name, runs, args)
-        sets[name] = problems[: args.problems], cfg
+        sets |= problem_set(name, runs, args)
     begun, done = [], []
     try:
         for name in args.models:
@@ -141,7 +140,7 @@ def run_config(name, args):
 
 
 def problem_set(name, runs, args):
-    """(name, problems, Config) of a set; the last is that of the run that held it out, or None.
+    """{name: (problems, Config)} of a set; the Config of the run that held it out, or None.
 
     What a run was trained on stands for what it held out. Raises UserError.
     """
@@ -152,11 +151,11 @@ def problem_set(name, runs, args):
         if not cfg and Path(name).resolve() == Path(other.data).resolve():
             cfg = other
     if not cfg or name == cfg.eval_data:
-        return name, nsr.shuffled_problems(name, cfg or Config(**args.given)), cfg
+        return {name: (nsr.shuffled_problems(name, cfg or Config(**args.given)), cfg)}
     if name not in nsr.TASKS:
         nsr.say(f"{name} was trained on: these are the problems that the run held out")
     _, problems = nsr.load_problems(cfg)
-    return cfg.eval_data or name, problems, cfg
+    return {cfg.eval_data or name: (problems, cfg)}
 
 
 def sample_sets(name, sets, args, begun, done):
@@ -183,7 +182,7 @@ def sample_sets(name, sets, args, begun, done):
             "max_new_tokens": drawn.max_new_tokens,
         }
         asked = replace(asked, max_new_tokens=drawn.max_new_tokens)
-        kept = nsr.encode_prompts(problems, model, tokenizer, asked)
+        kept = nsr.encode_prompts(problems[: args.problems], model, tokenizer, asked)
         file = re.sub(r"[^\w.-]+", "-", f"{name}--{data}").strip("-.")[-200:]
         path = Path(args.out, f"{file}.jsonl")
         greedy = settings | {"n": 1, "temperature": 0.0, "top_p": 1.0}
@@ -217,41 +216,40 @@ def sample(path, model, tokenizer, problems, settings, args):
             planned.append(settings | row)
     rows = nsr.read_log(path)
     check_rows(path, rows, planned)
-    sampling = {knob: settings[knob] for knob in SETTINGS[-3:]}
-    if not sampling["temperature"]:
-        sampling |= {"temperature": 1.0, "top_p": 1e-9}  # greedy: a nucleus of one token
-
     # Rounding depends on the batch, so problems are sampled in chunks that are always the same, and
     # a chunk that a kill left unfinished is sampled again: the file ends the same, byte for byte.
-    longest = max(len(p.prompt_ids) for p in problems) + sampling["max_new_tokens"]
+    longest = max(len(p.prompt_ids) for p in problems) + settings["max_new_tokens"]
     chunk = n * max(1, 4 * args.rollout_tokens // (n * longest))
     if len(rows) < len(asked):
         rows = rows[: len(rows) // chunk * chunk]
         nsr.write_log(path, rows)
     first, started = len(rows), time.time()
-    while len(rows) < len(asked):
-        some = slice(len(rows), len(rows) + chunk)
-        number = len(rows) // n + 1
-        title = f"{settings['model']} on {settings['data']}, problem {number}/{len(problems)}"
-        if len(rows) > first:
-            left = (time.time() - started) / (len(rows) - first) * (len(asked) - len(rows))
+    for done in range(first, len(asked), chunk):
+        new = planned[done : done + chunk]
+        title = (
+            f"{settings['model']} on {settings['data']}, problem {done // n + 1}/{len(problems)}"
+        )
+        if done > first:
+            left = (time.time() - started) / (done - first) * (len(asked) - done)
             score = np.mean([row["label"] for row in rows])
             title += f", {nsr.duration(left)} left in all, Pass@1 {score:.3f}"
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type != "cpu"):
             responses = nsr.sample_verified(
                 model,
                 tokenizer,
-                asked[some],
-                [row["seed"] for row in planned[some]],
+                asked[done : done + chunk],
+                [row["seed"] for row in new],
                 pattern=settings["answer_pattern"],
+                max_new_tokens=settings["max_new_tokens"],
+                temperature=settings["temperature"] or 1.0,
+                top_p=settings["top_p"] if settings["temperature"] else 1e-9,  # greedy: one token
                 rollout_tokens=args.rollout_tokens,
                 title=title,
-                **sampling,
             )
-        for row, response in zip(planned[some], responses):
+        for row, response in zip(new, responses):
             row |= fields_of(response)
-        nsr.append_log(path, *planned[some])
-        rows += planned[some]
+        nsr.append_log(path, *new)
+        rows += new
 
 
 def fields_of(response):
@@ -301,7 +299,8 @@ def load(path, args):
         raise UserError(
             f"{path}: Pass@{max(args.k)} takes more than its {n} responses to a problem"
         )
-    for question, group in [*groups.items()][: args.problems]:
+    count = None if args.rescore else args.problems
+    for question, group in [*groups.items()][:count]:
         if len(group) >= n:
             tallies[question] = tally([*group.values()][:n], args.k)
     greedy = path.parent / "greedy" / path.name
@@ -373,10 +372,10 @@ class Table:
 
 def report(files, args):
     """Print the tables of files of responses, and write what --save asks for. Raises UserError."""
-    sets, tables, panels = {}, [], []  # sets: {set: {model: Found}}
+    sets, tables, panels = defaultdict(dict), [], []  # sets: {set: {model: Found}}
     for path in files:
         found = load(path, args)
-        models = sets.setdefault(found.data, {})
+        models = sets[found.data]
         models[str(path) if found.model in models else found.model] = found
     for data, models in sets.items():
         table = compute(data, models, args)
@@ -546,9 +545,9 @@ def label_ends(axis):
 
 def report_log(args):
     """Print the table that --log asks for, and write what --save asks for. Raises UserError."""
-    runs, panels, columns, numbers = {}, [], {}, {}
+    runs, panels, numbers = defaultdict(list), [], defaultdict(dict)
     for run in args.models:
-        runs.setdefault(label_of(run, args), []).append(run)
+        runs[label_of(run, args)].append(run)
     for pair in args.log:
         x, _, keys = pair.partition(":")
         curves = {}
@@ -558,11 +557,12 @@ def report_log(args):
                 curves[f"{label}, {y}" if "," in keys else label] = seeds.mean(0).T
             for at in args.at or [None]:
                 column = y if at is None else f"{y} at {x} {at:g}"
-                if column in columns:
-                    raise UserError(
-                        "--log: two X:Y with one Y, whose value the table has once; ask twice"
-                    )
-                columns[column] = student_intervals(groups.values(), at)
+                for label, interval in zip(groups, student_intervals(groups.values(), at)):
+                    if column in numbers[label]:
+                        raise UserError(
+                            "--log: two X:Y with one Y, whose value the table has once; ask twice"
+                        )
+                    numbers[label][column] = interval
         panels.append(({"xlabel": x, "ylabel": keys}, curves))
     caption = "Last values"
     if args.at:
@@ -571,8 +571,6 @@ def report_log(args):
         caption += (
             ", mean over seeds; below, 95% interval by Student's t, one variance for all rows"
         )
-    for label, *intervals in zip(runs, *columns.values()):
-        numbers[label] = dict(zip(columns, intervals))
     publish([Table("log", caption, [*runs], numbers)], panels, args.save)
 
 
@@ -581,20 +579,19 @@ def read_seeds(runs, x, y):
 
     Raises UserError.
     """
-    found, keys = [], {}
+    found = []
     for run in runs:
-        log = Path(run, "metrics.jsonl")
-        rows = nsr.read_log(log)
-        for row in rows:
+        log, keys, points = Path(run, "metrics.jsonl"), {}, {}
+        for row in nsr.read_log(log):
             keys |= row
-        rows = [row for row in rows if None not in (row.get(x), row.get(y))]
-        if not rows:
+            if None not in (row.get(x), row.get(y)):  # of a key of both the first row is training's
+                points.setdefault(row["step"], (row[x], row[y]))
+        if not points:
             raise UserError(
                 f"--log X:Y: no line of {log} has both {x} and {y}; the keys there are "
                 f"{', '.join(keys) or 'none: is it the directory of a run?'}"
             )
-        rows = [row for row in rows if "steps" in row] or rows  # of a key of both, training's
-        found.append({row["step"]: (row[x], row[y]) for row in rows})
+        found.append(points)
     steps = sorted(set.intersection(*map(set, found)))
     if not steps:
         raise UserError(f"{x} and {y} of {', '.join(runs)} have no step in common")
@@ -616,7 +613,7 @@ def reached(points, x):
 
 
 def student_intervals(groups, x):
-    """[(mean, low, high)] of what groups (seeds, steps, 2) have reached(), nan where unknown.
+    """Yields (mean, low, high) of what groups (seeds, steps, 2) have reached(); nan: unknown.
 
     All have one variance: two or three seeds say little of their own.
     """
@@ -626,11 +623,9 @@ def student_intervals(groups, x):
     squares = np.nansum([len(values) * values.var() for values in labels])
     freedom = sum(len(values) - 1 for values in labels if not np.isnan(values).any())
     t = STUDENT_T[freedom] if freedom < 10 else 1.96 + 2.5 / freedom
-    intervals = []
     for values in labels:
         half = t * (squares / max(1, freedom) / len(values)) ** 0.5
-        intervals.append(values.mean() + np.array([0, -half, half]))
-    return intervals
+        yield values.mean() + np.array([0, -half, half])
 
 
 def main():
