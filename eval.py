@@ -169,7 +169,7 @@ def sample_sets(name, sets, args, begun, done):
     papers = {"system": nsr.papers_system(name), "temperature": 0.6, "max_new_tokens": 3072}
     for data, (problems, held_by) in sets.items():
         drawn = held_by or Config(**papers | args.given)
-        asked = run_config(name, args) or drawn
+        asked = replace(run_config(name, args) or drawn, max_new_tokens=drawn.max_new_tokens)
         settings = {
             "model": name,
             "weights": f"{bits % 2**64:x}",
@@ -181,7 +181,6 @@ def sample_sets(name, sets, args, begun, done):
             "top_p": args.top_p or (1.0 if held_by else 0.95),
             "max_new_tokens": drawn.max_new_tokens,
         }
-        asked = replace(asked, max_new_tokens=drawn.max_new_tokens)
         kept = nsr.encode_prompts(problems[: args.problems], model, tokenizer, asked)
         file = re.sub(r"[^\w.-]+", "-", f"{name}--{data}").strip("-.")[-200:]
         path = Path(args.out, f"{file}.jsonl")
