@@ -45,39 +45,34 @@ def positive_integer(text):
     return int(text)
 
 
+@dataclass
+class Flags:
+    """What is asked for, each field a flag: top_p is --top-p; the comments are --help."""
+
+    data: list[str] = None  # problem sets [what a run held out; else MATH, AIME, AMC]
+    n: positive_integer = 256  # responses to each problem
+    k: list[positive_integer] = None  # columns of the table [1 2 4 ... n]
+    problems: positive_integer = None  # only so many of each set, drawn at random [all]
+    temperature: float = None  # [0.6; on what a run held out, its own]
+    top_p: float = None  # draw from the likeliest of this mass [0.95; 1 likewise]
+    max_new_tokens: int = None  # longest response in tokens [3072; the run's likewise]
+    rollout_tokens: positive_integer = 2**16  # most tokens in the KV cache
+    compare: bool = False  # also the paired differences to the first model
+    group: bool = False  # NAME-s0, NAME-s1, ... are seeds of one model
+    save: str = ""  # also write SAVE.md, SAVE.csv, SAVE.png and SAVE.svg
+    log: list[str] = None  # sample none; draw X:Y or X:Y,Z of metrics.jsonl, tell the last Y
+    at: list[float] = None  # with --log X:Y: Y where X is first AT
+    out: str = "out/eval"  # directory where responses are kept
+    rescore: list[Path] = None  # sample none; verify again what files hold
+
+
 def parse_flags():
     """The flags of the command line, checked. Raises UserError."""
     parser = nsr.flag_parser(__doc__)
-    flag = parser.add_argument
-    flag("models", nargs="*", help="directory, out/NAME, hub name, countdown[-hard]")
-    flag("--data", nargs="+", help="problem sets [what a run held out; else MATH, AIME, AMC]")
-    flag("-n", type=positive_integer, default=256, help="responses to each problem [256]")
-    flag("-k", type=positive_integer, nargs="+", help="columns of the table [1 2 4 ... n]")
-    flag("--problems", type=positive_integer, help="only so many of each set, at random [all]")
-    flag("--temperature", type=float, help="[0.6; on what a run held out, its own]")
-    flag("--top-p", type=float, help="draw from the likeliest of this mass [0.95; 1 likewise]")
-    flag("--max-new-tokens", type=int, help="longest response in tokens [3072; the run's likewise]")
-    flag(
-        "--rollout-tokens",
-        type=positive_integer,
-        default=2**16,
-        help="most tokens in the KV cache [65536]",
-    )
-    flag("--compare", action="store_true", help="also the paired differences to the first model")
-    flag("--group", action="store_true", help="NAME-s0, NAME-s1, ... are seeds of one model")
-    flag("--save", help="also write SAVE.md, SAVE.csv, SAVE.png and SAVE.svg")
-    flag(
-        "--log",
-        nargs="+",
-        metavar="X:Y",
-        help="sample none; draw Y or Y,Z,... against X along the training of each model "
-        "(out/NAME), keys of its metrics.jsonl; a table of last Y",
-    )
-    flag("--at", nargs="+", type=float, help="with --log X:Y: Y where X is first AT")
-    flag("--out", default="out/eval", help="directory where responses are kept [out/eval]")
-    flag("--rescore", nargs="+", type=Path, help="sample none; verify again what files hold")
-    nsr.add_flags(parser, NSR_FLAGS)
-    args = parser.parse_args()
+    parser.add_argument("models", nargs="*", help="directory, out/NAME, hub name, countdown[-hard]")
+    nsr.add_flags(parser, Flags)
+    nsr.add_flags(parser, Config, NSR_FLAGS)
+    args = parser.parse_args(namespace=Flags())
     args.given = {  # fields of Config that are not as in a run, or as in the papers
         name: value
         for name, value in vars(args).items()

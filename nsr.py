@@ -60,7 +60,7 @@ from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, get_args
 
 import numpy as np
 import regex as re
@@ -2023,28 +2023,34 @@ def flag_parser(description):
     return parser
 
 
-def add_flags(parser, names):
-    """Add the flags of these fields of Config; the parser's result has those that are given."""
-    comments = dict(
-        re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE)
-    )
-    for knob in fields(Config):
-        if knob.name not in names:
+def add_flags(parser, settings, names=None):
+    """Add the flags of the fields of a dataclass; the parser's result has those that are given.
+
+    names: of some of the fields. A field that is a list takes several values.
+    """
+    source = inspect.getsource(settings)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    for knob in fields(settings):
+        if names and knob.name not in names:
             continue
         text = comments[knob.name]
         if knob.default not in ("", None, False):
             text += f" [{knob.default}]"
         flag = f"--{knob.name.replace('_', '-')}"
+        if len(knob.name) == 1:
+            flag = f"-{knob.name}"
         kind = {"type": knob.type, "choices": CHOICES.get(knob.name)}
         if knob.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
+        for item in get_args(knob.type):
+            kind = {"type": item, "nargs": "+"}
         parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
 
 
 def parse_flags(argv):
     """The flags that were given, {field of Config: value}. Raises UserError."""
     parser = flag_parser(__doc__)
-    add_flags(parser, [knob.name for knob in fields(Config)])
+    add_flags(parser, Config)
     return vars(parser.parse_args(argv))
 
 
