@@ -124,10 +124,10 @@ def advantages(method, reward, confidence, lam, beta, eps=1e-6):
         mean = reward.mean(1, keepdim=True)
         std = reward.std(1, keepdim=True)
         return (reward - mean) / (std + eps)
-    penalty = torch.full_like(reward, beta)
+    weight = torch.ones_like(reward)
     if method in ("cw-nsr", "acw-nsr"):  # CW-NSR: w(y) = clamp(c(y), 0.05, 1). arXiv:2605.07137
-        penalty = beta * confidence.detach().clamp(0.05, 1.0)
-    return torch.where(reward > 0, lam, -penalty)
+        weight = confidence.detach().clamp(0.05, 1.0)
+    return torch.where(reward > 0, lam, -beta * weight)
 
 
 def policy_loss(logp, old_logp, adv, loss_mask, denom, clip=0.2):
@@ -985,14 +985,13 @@ def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
     for step in range(steps):
-        examples = []
-        while len(examples) < batch:
+        texts = []
+        while len(texts) < 2 * batch:
             problem, expression = countdown_example(rng, task)
             if problem.question not in held_out:
-                examples.append((problem.question, f"\\boxed{{{expression}}}<eos>"))
-        questions, answers = zip(*examples)
-        prompts, ids = (tokenizer(texts)["input_ids"] for texts in (questions, answers))
-        responses = [Response(*pair, logp=[], stopped=True) for pair in zip(prompts, ids)]
+                texts += [problem.question, f"\\boxed{{{expression}}}<eos>"]
+        pairs = split(tokenizer(texts)["input_ids"], 2)
+        responses = [Response(prompt, ids, logp=[], stopped=True) for prompt, ids in pairs]
         stats, mask = token_stats(model, responses, temperature=1.0)
         optimizer.zero_grad()
         (-stats.logprobs.sum() / mask.sum()).backward()
@@ -1275,7 +1274,7 @@ class Rows(transformers.Cache):
         # the last token, which is read next; its column; how many tokens are drawn
         self.last, self.at, self.t = self.row.new_zeros(3, size)
         self.going = self.row < 0
-        # one column to spare: rows that have ended draw on, and write there
+        # one column to spare: rows that have ended draw on, and write beyond what they drew
         self.u = torch.zeros(size, max_new_tokens + 1, dtype=torch.float64, device=device)
         self.ids = self.u.long()
         self.logp = self.u.float()
@@ -1350,10 +1349,9 @@ class Rows(transformers.Cache):
             out = model(ids, position_ids=position_ids, cache=self, use_cache=True)
         finally:
             del ALL_MASK_ATTENTION_FUNCTIONS[kind]
-        column = torch.where(self.going, self.t, self.most)
-        u = self.u[self.row, column]
-        token, self.logp[self.row, column] = draw(out.logits[:, -1], u, temperature, top_p)
-        self.ids[self.row, column] = token
+        u = self.u[self.row, self.t]
+        token, self.logp[self.row, self.t] = draw(out.logits[:, -1], u, temperature, top_p)
+        self.ids[self.row, self.t] = token
         self.last.copy_(token)
         self.at += self.going
         self.t += self.going
@@ -1455,13 +1453,12 @@ def read_responses(model, responses):
     """
     texts = padded([r.prompt_ids + r.ids[:-1] for r in responses], model.device)
     ids = padded([r.ids for r in responses], model.device)
-    number = torch.arange(ids.shape[1], device=ids.device)  # of a response token, from 0
-    lengths = torch.tensor([[len(r.ids)] for r in responses], device=ids.device)
-    loss_mask = number < lengths  # from lengths, not ids: pad may equal eos
-    last = torch.tensor([[len(r.prompt_ids) - 1] for r in responses], device=ids.device)
-    before = (last + number).clamp(max=texts.shape[1] - 1)
+    # where each stands, and 0 for a pad: by lengths, not by ids, for pad may equal eos
+    places = [torch.arange(len(r.prompt_ids), len(r.prompt_ids + r.ids)) for r in responses]
+    places = padded(places, model.device)
+    before = (places - 1).clamp(min=0)
     found = model(texts, use_cache=False)[0]
-    return found.take_along_dim(before[..., None], dim=1), ids, loss_mask
+    return found.take_along_dim(before[..., None], dim=1), ids, places > 0
 
 
 @torch.no_grad()
