@@ -291,28 +291,24 @@ def weigh(cfg, responses, lam, beta):
 def update(run, responses):
     """cfg.updates optimizer steps, each on a mini-batch of whole groups. Returns metrics (dict)."""
     cfg, norms, clipped = run.cfg, [], 0
-    for model in filter(None, (run.model, run.critic)):
+    for model in run.trained:
         model.train(cfg.gradient_checkpointing)  # only in train mode do layers look for it
-    kl_coef = 0.0 if cfg.method == "ppo" else cfg.kl_coef  # PPO has it in the reward
-    risen = min(1.0, (run.step + 1) / max(1, cfg.lr_warmup))  # share of the learning rate
     for mini in split(responses, len(responses) // cfg.updates):
         # A = 0 has no gradient, so it needs no forward pass; but its tokens count in the ONE
         # denominator, which is fixed before the mini-batch is cut into micro-batches
-        used = [r for r in mini if r.adv.any() or cfg.entropy_coef or kl_coef]
+        used = [r for r in mini if r.adv.any() or cfg.entropy_coef or cfg.kl_coef]
         denom, busy = sum_over_ranks(sum(len(r.ids) for r in mini), len(used))
         if not busy:
             continue
         for micro in micro_batches(used, cfg.micro_tokens):
-            clipped += backward(run, micro, denom, kl_coef)
-        norms.append(step_optimizer(run, run.model, run.optimizer, risen * cfg.lr))
-        if run.critic:
-            step_optimizer(run, run.critic, run.critic_optimizer, risen * cfg.critic_lr)
+            clipped += backward(run, micro, denom)
+        norms.append(step_optimizer(run))
     clipped, tokens = sum_over_ranks(int(clipped), sum(len(r.ids) for r in responses))
     grad_norm = sum(norms) / max(1, len(norms))
     return {"updates": len(norms), "grad_norm": grad_norm, "clip_frac": clipped / tokens}
 
 
-def backward(run, micro, denom, kl_coef):
+def backward(run, micro, denom):
     """Add the gradient of a micro-batch's loss. Returns at how many tokens the clip stopped it."""
     cfg = run.cfg
     with autocast(run):
@@ -322,9 +318,9 @@ def backward(run, micro, denom, kl_coef):
     loss = policy_loss(logp, old_logp, adv, mask, denom, cfg.clip)
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * stats.entropy[mask].sum() / denom
-    if kl_coef:
+    if cfg.kl_coef and not run.critic:  # PPO has it in the reward
         kl = kl_to_reference(logp, padded_like(logp, micro, "ref_logp"))
-        loss = loss + kl_coef * kl[mask].sum() / denom
+        loss = loss + cfg.kl_coef * kl[mask].sum() / denom
     loss.backward()
     if run.critic:  # PPO: its weights are its own, so this gradient is apart from the policy's
         with autocast(run):
@@ -333,30 +329,32 @@ def backward(run, micro, denom, kl_coef):
         returns = padded_like(value, micro, "returns")
         value_loss(value, old_value, returns, mask, denom, cfg.clip).backward()
     rho = (logp.detach() - old_logp).exp()
-    clipped = (adv > 0) & (rho > 1 + cfg.clip) | (adv < 0) & (rho < 1 - cfg.clip)
+    clipped = rho * adv > rho.clamp(1 - cfg.clip, 1 + cfg.clip) * adv
     return clipped.sum()  # where there are pads adv is 0
 
 
-def step_optimizer(run, model, optimizer, lr):
-    """Clip the gradient, summed over the ranks, and step. Returns its norm before clipping.
+def step_optimizer(run):
+    """Clip the gradients, summed over the ranks, and step. Returns the policy's norm before.
 
-    Raises UserError, before the step, where it is not finite, on all ranks alike.
+    Raises UserError, before the step, where one is not finite, on all ranks alike.
     """
-    if WORLD_SIZE > 1:
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.distributed.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.cfg.grad_clip).item()
-    if not math.isfinite(norm):
+    cfg, norms = run.cfg, []
+    risen = min(1.0, (run.step + 1) / max(1, cfg.lr_warmup))  # share of the learning rate
+    for group, lr in zip(run.optimizer.param_groups, (cfg.lr, cfg.critic_lr)):
+        if WORLD_SIZE > 1:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.distributed.all_reduce(p.grad)
+        norms.append(torch.nn.utils.clip_grad_norm_(group["params"], cfg.grad_clip).item())
+        group["lr"] = risen * lr
+    if not all(map(math.isfinite, norms)):
         raise UserError(
             f"step {run.step + 1}: the gradient is not finite; stopped before the update: start a "
             "new run with a lower --lr"
         )
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()  # the gradient makes room for the next rollout
-    return norm
+    run.optimizer.step()
+    run.optimizer.zero_grad()  # the gradient makes room for the next rollout
+    return norms[0]
 
 
 def measure(run, responses):
@@ -1529,8 +1527,8 @@ def cache_tokens(run):
         return 2**16
     free, total = torch.cuda.mem_get_info(device)
     free -= (1 - run.cfg.gpu_memory_utilization) * total
-    for part in filter(None, (run.model, run.critic)):
-        free -= (8 + 4 + 2) * part.num_parameters()
+    for model in run.trained:
+        free -= (8 + 4 + 2) * model.num_parameters()
     cache = transformers.DynamicCache()
     run.model.base_model(torch.zeros(1, 1, dtype=torch.int64, device=device), cache=cache)
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
@@ -1652,15 +1650,19 @@ class Run:
     held_out: list  # of Problem, to evaluate on
     model: torch.nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer  # of the model's weights; in a second group, the critic's
     reference: torch.nn.Module = None  # the model before training, where something asks for its KL
     critic: torch.nn.Module = None  # of ppo
-    critic_optimizer: torch.optim.Optimizer = None
     rollout_tokens: int = 2**16  # what the KV cache may hold
     writer: object = None  # of TensorBoard's file
     lock: object = None  # while it is open no other process goes on with this run
     step: int = 0  # steps done
     warned: set = field(default_factory=set)
+
+    @property
+    def trained(self):
+        """The models that learn."""
+        return [self.model, self.critic] if self.critic else [self.model]
 
 
 def on_first_rank(body):
@@ -1827,7 +1829,7 @@ def save_checkpoint(run):
     if RANK or path.exists():
         return
     state = {"step": run.step}
-    for name in ("optimizer", "critic", "critic_optimizer"):
+    for name in ("optimizer", "critic"):
         if part := getattr(run, name):
             state[name] = part.state_dict()
     try:
@@ -2119,13 +2121,14 @@ def settings(given):
     return cfg, stored
 
 
-def make_optimizer(cfg, model, lr):
-    """cfg.optimizer of a model's weights. Raises UserError."""
-    options = {}
-    if cfg.optimizer == "torch.optim.AdamW" and model.device.type == "cuda":
+def make_optimizer(run):
+    """cfg.optimizer of the weights that learn, a group for each model. Raises UserError."""
+    cfg, options = run.cfg, {}
+    if cfg.optimizer == "torch.optim.AdamW" and run.model.device.type == "cuda":
         options["fused"] = True  # else it makes temporaries of the model's size
+    groups = [{"params": model.parameters()} for model in run.trained]
     try:
-        return pkgutil.resolve_name(cfg.optimizer)(model.parameters(), lr=lr, **options)
+        return pkgutil.resolve_name(cfg.optimizer)(groups, lr=cfg.lr, **options)
     except Exception as e:  # it is anybody's class
         raise UserError(f"--optimizer {cfg.optimizer}: {first_line(e)}")
 
@@ -2137,7 +2140,7 @@ def build_run(cfg, name):
     """
     device = pick_device(cfg.device)
     model, tokenizer = load_model(name, device, shape_only=cfg.dry_run)
-    run = Run(cfg, None, [], [], model, tokenizer, make_optimizer(cfg, model, cfg.lr))
+    run = Run(cfg, None, [], [], model, tokenizer, None)
     if cfg.kl_coef:
         reference, _ = load_model(cfg.model, device, shape_only=cfg.dry_run)
         run.reference = reference.requires_grad_(False)
@@ -2145,9 +2148,9 @@ def build_run(cfg, name):
         torch.manual_seed(cfg.seed)
         kind = transformers.AutoModelForTokenClassification
         run.critic, _ = load_model(cfg.model, device, kind, cfg.dry_run, num_labels=1)
-        run.critic_optimizer = make_optimizer(cfg, run.critic, cfg.critic_lr)
-    for part in filter(None, (run.model, run.critic)):
-        prepare_training(part, cfg)
+    run.optimizer = make_optimizer(run)
+    for trained in run.trained:
+        prepare_training(trained, cfg)
     run.rollout_tokens = cfg.rollout_tokens or cache_tokens(run)
     return run
 
