@@ -128,7 +128,7 @@ def sample_models(args):
 
 def run_config(name, args):
     """Config of a model that is a run or an embedded base policy; None of another."""
-    cfg, _ = nsr.config_of(name)
+    cfg = nsr.config_of(name)
     if name in nsr.TASKS:
         cfg = nsr.resolve({"preset": name})
     return cfg and replace(cfg, **args.given)

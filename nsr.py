@@ -499,7 +499,7 @@ def resolve(given):
 
     Raises UserError where a setting is out of range or two do not fit together.
     """
-    before, _ = config_of(given.get("model", "countdown"))  # whose model it begins with
+    before = config_of(given.get("model", "countdown"))  # whose model it begins with
     embedded = all(given.get(name, "countdown") in TASKS for name in ("model", "data"))
     if "preset" in given:
         preset = given["preset"]
@@ -1772,15 +1772,15 @@ def checkpoints(path):
 
 
 def config_of(name):
-    """(Config, content of config.json) of a run, or of a checkpoint's run; (None, {}) of none."""
+    """Config of a run, or of a checkpoint's run; None of none."""
     path = Path(name)
     if re.fullmatch(r"step-\d+", path.name):
         path = path.parent
     try:
         stored = json.loads((path / "config.json").read_text())
-        return Config(**{knob.name: stored[knob.name] for knob in fields(Config)}), stored
+        return Config(**{knob.name: stored[knob.name] for knob in fields(Config)})
     except (OSError, ValueError, LookupError, TypeError):  # as where it is a model's
-        return None, {}
+        return None
 
 
 def collapsed_steps(run):
@@ -2083,7 +2083,7 @@ def new_directory(cfg):
 
 
 def settings(given):
-    """(Config, content of config.json) of the flags `given`; the second is {} of a new run.
+    """Config of the flags `given`, of a new run or of one to go on with: then resume is its path.
 
     Raises UserError where there is no run to go on with, or the flags would make it another.
     """
@@ -2097,11 +2097,11 @@ def settings(given):
                 f"--name {cfg.name}: {path} exists; choose another, or go on with that run: "
                 f"--resume {path}"
             )
-        return cfg, {}
+        return cfg
     path = Path(given["resume"])
     if path in checkpoints(path.parent)[-1:]:
         path = path.parent
-    cfg, stored = config_of(path)
+    cfg = config_of(path)
     if not cfg:
         raise UserError(f"--resume {path}: no run to go on with: no sound config.json of one there")
     if path in checkpoints(path.parent):
@@ -2118,7 +2118,7 @@ def settings(given):
             )
         setattr(cfg, name, value)
     check(cfg)
-    return cfg, stored
+    return cfg
 
 
 def make_optimizer(run):
@@ -2192,15 +2192,16 @@ def restore(run, checkpoint):
         getattr(run, name).load_state_dict(part)
 
 
-def open_run(cfg, stored):
+def open_run(cfg):
     """The Run of these settings, new or to go on with. Raises UserError."""
     Path("out").mkdir(exist_ok=True)  # where that fails, before any work is done
-    held = None
-    if stored and RANK == 0:  # before its checkpoints are looked at
-        held = lock(Path(cfg.resume, "run.lock"))
-    saved = checkpoints(Path(cfg.resume)) if stored else []
-    if stored and not saved:
-        say(f"{cfg.resume} has no checkpoint: the run begins again")
+    saved, held = [], None
+    if cfg.resume:
+        if RANK == 0:  # before its checkpoints are looked at
+            held = lock(Path(cfg.resume, "run.lock"))
+        saved = checkpoints(Path(cfg.resume))
+        if not saved:
+            say(f"{cfg.resume} has no checkpoint: the run begins again")
     name = saved[-1] if saved else cfg.model
     model_config(name)  # before data is downloaded
     problems, held_out = load_problems(cfg)
@@ -2212,7 +2213,7 @@ def open_run(cfg, stored):
     say_unread(problems + held_out)
     texts = [(p.question, p.answer) for p in problems + held_out]
     sha1 = hashlib.sha1(repr(texts).encode()).hexdigest()
-    if stored and stored["problems_sha1"] != sha1:
+    if cfg.resume and sha1 not in Path(cfg.resume, "config.json").read_text():
         raise UserError(
             f"{cfg.data} no longer holds the problems that the run began with; put them back, or "
             "start a new run"
@@ -2225,7 +2226,7 @@ def open_run(cfg, stored):
 
     def begin():
         """A new directory; or that of the run, its logs without what came after the checkpoint."""
-        if not stored:
+        if not cfg.resume:
             cfg.resume = str(new_directory(cfg))
         path = Path(cfg.resume)
         run.lock = held or lock(path / "run.lock")
@@ -2285,7 +2286,7 @@ def describe(run):
 def main():
     """`python nsr.py`: 0 when trained, 130 where it is stopped: the run is then saved."""
     given = parse_flags(sys.argv[1:])
-    cfg, stored = settings(given)  # errors before the ranks wait for each other
+    cfg = settings(given)  # errors before the ranks wait for each other
     if WORLD_SIZE > 1:
         if "MASTER_ADDR" not in os.environ:
             raise UserError("WORLD_SIZE is set, MASTER_ADDR is not: start with torchrun")
@@ -2294,7 +2295,7 @@ def main():
     if cfg.dry_run:
         dry_run(cfg)
         return 0
-    run = open_run(cfg, stored)
+    run = open_run(cfg)
     describe(run)
     for s in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(s) != signal.SIG_IGN:  # as under nohup
