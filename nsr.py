@@ -557,14 +557,9 @@ def check(cfg):
 
 def check_pattern(pattern):
     """Raises UserError unless --answer-pattern is empty, or a regex with a group."""
-    if not pattern:
-        return
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as e:
-        raise UserError(f"--answer-pattern {pattern}: {e}")
-    if groups == 0:
-        raise UserError(f"--answer-pattern {pattern}: put the answer's part in ( )")
+    with explained(f"--answer-pattern {pattern}", "give a regex, and put the answer's part in ( )"):
+        if pattern and not re.compile(pattern).groups:
+            raise ValueError("it has no group")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -611,12 +606,10 @@ def fetch(name):
         return Path(name)
     path = Path("out/data", f"{name}.jsonl")
     if not path.exists():
-        try:
+        with explained(f"cannot get {address}", "give a file of your own"):
             content = urllib.request.urlopen(address, timeout=60).read()
-        except OSError as e:
-            raise ValueError(f"cannot get {address} ({first_line(e)}); give a file of your own")
-        if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
-            raise ValueError(f"{address} is not the file that it was")
+            if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
+                raise ValueError("it is not the file that it was")
         write_whole(path, content)
     return path
 
@@ -805,10 +798,8 @@ def load_problems(cfg):
 def load_verifier(name):
     """The function of FILE.py:FUNCTION as a Problem's verify. Raises UserError."""
     file, _, function = name.rpartition(":")
-    try:
+    with explained(f"--verifier {name}", "give FILE.py:FUNCTION"):
         body = runpy.run_path(file)[function]
-    except (Exception, SystemExit) as e:  # it is a program of the user's
-        raise UserError(f"--verifier {name}: {first_line(e)}; give FILE.py:FUNCTION")
 
     def checked(response, answer, pattern=""):
         try:
@@ -1016,13 +1007,9 @@ def model_path(name):
 
 def pretrained(kind, path, **options):
     """kind.from_pretrained(path, ...) of a class of transformers. Raises UserError."""
-    try:
+    advice = "give a model directory, or a hub name and the network that it takes"
+    with explained(f"cannot load the model {path}", advice):
         return kind.from_pretrained(path, **options)
-    except Exception as e:  # files, formats and hub have no common error; all mean: no model
-        raise UserError(
-            f"cannot load the model {path} ({first_line(e)}); give a model directory, or a hub "
-            "name and the network that it takes"
-        )
 
 
 def model_config(name):
@@ -1132,17 +1119,15 @@ def prompt_text(problem, tokenizer, cfg):
             )
         return messages[0]["content"]
     unfinished = ends_begun(messages)
-    try:
+    with explained(
+        f"the model's chat template does not take the prompt {problem.question[:80]!r}",
+        "change --system or the messages in the data",
+    ):
         return tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=not unfinished,
             continue_final_message=unfinished,
-        )
-    except Exception as e:  # it is a program, and raises what it likes
-        raise UserError(
-            f"the model's chat template does not take the prompt {problem.question[:80]!r} "
-            f"({first_line(e)}); change --system or the messages in the data"
         )
 
 
@@ -1507,10 +1492,8 @@ def autocast(run):
 def prepare_training(model, cfg):
     """Checkpoint and compile the layers as cfg says. Raises UserError where that cannot be."""
     if cfg.gradient_checkpointing:
-        try:
+        with explained("--gradient-checkpointing", "leave it out"):
             model.activation_checkpointing_enable()
-        except ValueError as e:
-            raise UserError(f"--gradient-checkpointing: {first_line(e)}")
     for layer in model.modules() if cfg.compile else ():
         if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -1697,6 +1680,17 @@ def hear(signum, frame):
     signal.signal(signum, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def explained(what, advice):
+    """Make one line for the user of an error in the block: files, formats, the hub and programs
+    of the user's raise all types there are.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as e:
+        raise UserError(f"{what} ({first_line(e)}); {advice}")
+
+
 def first_line(error):
     """The beginning of an error's message, fit to stand inside a line of ours."""
     return " ".join(str(error).split())[:160] or type(error).__name__
@@ -1832,16 +1826,11 @@ def save_checkpoint(run):
     for name in ("optimizer", "critic"):
         if part := getattr(run, name):
             state[name] = part.state_dict()
-    try:
-        with whole_directory(path) as unfinished:
-            run.model.save_pretrained(unfinished)
-            run.tokenizer.save_pretrained(unfinished)
-            torch.save(state, unfinished / "trainer.pt")
-    except Exception as e:  # of a full disk each of the three says something else
-        raise UserError(
-            f"cannot write {path} ({first_line(e)}); what was saved before is whole: make room, "
-            f"and go on with --resume {run.path}"
-        )
+    advice = f"what was saved before is whole: make room, and go on with --resume {run.path}"
+    with explained(f"cannot write {path}", advice), whole_directory(path) as unfinished:
+        run.model.save_pretrained(unfinished)
+        run.tokenizer.save_pretrained(unfinished)
+        torch.save(state, unfinished / "trainer.pt")
     plot(run)
 
 
@@ -1850,10 +1839,8 @@ def read_log(path):
     *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
     if last:
         say(f"{path}: its last line was cut short, and is dropped")
-    try:
+    with explained(f"{path} is damaged", "mend it, or move it away"):
         return [dict(json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({first_line(e)}); mend it, or move it away")
 
 
 def write_log(path, rows):
@@ -2055,19 +2042,15 @@ def parse_flags(argv):
 
 def pick_device(name):
     """torch.device of that name, or the best that there is. Raises UserError."""
-    try:
+    with explained(f"--device {name}", "give one that there is, and that this torch can use"):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError("there is no GPU that this torch can use")
             if WORLD_SIZE > 1 or device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)  # kernels are launched on the current one
             torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a plan for every shape
         torch.zeros(1, device=device)
-    except Exception as e:  # torch raises three types for a device that is not there
-        raise UserError(f"--device {name}: {first_line(e)}")
-    return device
+        return device
 
 
 def new_directory(cfg):
@@ -2127,10 +2110,8 @@ def make_optimizer(run):
     if cfg.optimizer == "torch.optim.AdamW" and run.model.device.type == "cuda":
         options["fused"] = True  # else it makes temporaries of the model's size
     groups = [{"params": model.parameters()} for model in run.trained]
-    try:
+    with explained(f"--optimizer {cfg.optimizer}", "give a class, such as torch.optim.AdamW"):
         return pkgutil.resolve_name(cfg.optimizer)(groups, lr=cfg.lr, **options)
-    except Exception as e:  # it is anybody's class
-        raise UserError(f"--optimizer {cfg.optimizer}: {first_line(e)}")
 
 
 def build_run(cfg, name):
@@ -2178,13 +2159,9 @@ def dry_run(cfg):
 
 def restore(run, checkpoint):
     """Set the trainer's state as a checkpoint has it. Raises UserError where it is damaged."""
-    try:
+    advice = "put a copy back, or remove it to begin that run again"
+    with explained(f"{checkpoint} is damaged", advice):
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-    except Exception as e:  # damaged bytes raise anything
-        raise UserError(
-            f"{checkpoint} is damaged ({first_line(e)}); put a copy back, or remove it to begin "
-            "that run again"
-        )
     run.step = state.pop("step")
     if run.step > run.cfg.steps:
         raise UserError(f"--steps {run.cfg.steps}: that run has done {run.step} already")
