@@ -224,9 +224,9 @@ def sample(path, model, tokenizer, problems, settings, args):
             f"{settings['model']} on {settings['data']}, problem {done // n + 1}/{len(problems)}"
         )
         if done > first:
-            left = (time.time() - started) / (done - first) * (len(asked) - done)
+            left = nsr.time_left(started, done - first, len(asked) - first)
             score = np.mean([row["label"] for row in rows])
-            title += f", {nsr.duration(left)} left in all, Pass@1 {score:.3f}"
+            title += f", {left} left in all, Pass@1 {score:.3f}"
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type != "cpu"):
             responses = nsr.sample_verified(
                 model,

@@ -210,7 +210,7 @@ def train(run):
         log_step(run, responses, metrics)
         prune_checkpoints(run)
         done = run.step - first_step
-        left = (time.time() - started) / done * (cfg.steps - run.step)
+        left = time_left(started, done, cfg.steps - first_step)
         print_step(metrics, left, header=done % 20 == 1)
         if run.step % cfg.save_every == 0 or run.step == cfg.steps:
             save_checkpoint(run)
@@ -363,6 +363,7 @@ def measure(run, responses):
     for r in responses:
         checkable = r.answer is not None and r.problem.verify is verify
         gap = (r.old_logp - torch.tensor(r.logp)).abs()
+        logp, adv = r.old_logp.mean().item(), r.adv.mean().item()
         rows.append(
             {
                 "correct": r.correct,
@@ -372,21 +373,19 @@ def measure(run, responses):
                 "length": len(r.ids),
                 "entropy": r.entropy.sum().item(),
                 "rollout_gap": gap.sum().item(),
-                "logp": r.old_logp.mean().item(),
-                "adv": r.adv.mean().item(),
+                "logp_correct": logp if r.correct else None,
+                "adv_correct": adv if r.correct else None,
+                "logp_incorrect": None if r.correct else logp,
+                "adv_incorrect": None if r.correct else adv,
             }
         )
     rows = gather(rows)
-    of = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
-    metrics = {"step": run.step + 1, "steps": run.cfg.steps, "tokens": int(of["length"].sum())}
-    for name in ("correct", "boxed", "unparsed", "truncated", "length"):
-        metrics[name] = of[name].mean()
-    for name in ("entropy", "rollout_gap"):  # of a token
-        metrics[name] = of[name].sum() / metrics["tokens"]
-    for kind, verdict in (("correct", 1), ("incorrect", 0)):
-        for name in ("logp", "adv"):
-            values = of[name][of["correct"] == verdict]
-            metrics[f"{name}_{kind}"] = values.mean() if len(values) else None
+    tokens = sum(row["length"] for row in rows)
+    metrics = {"step": run.step + 1, "steps": run.cfg.steps, "tokens": tokens}
+    for name in rows[0]:
+        values = [row[name] for row in rows if row[name] is not None]
+        count = tokens if name in ("entropy", "rollout_gap") else len(values)
+        metrics[name] = np.sum(values) / count if values else None
     return metrics
 
 
@@ -600,7 +599,7 @@ def fetch(name):
     if address.startswith("hf://datasets/"):
         from huggingface_hub import hf_hub_download
 
-        owner, repo, file = address.removeprefix("hf://datasets/").split("/", 2)
+        *_, owner, repo, file = address.split("/", 5)
         return Path(hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset"))
     if address == name:
         return Path(name)
@@ -649,9 +648,8 @@ def parse_problem(row, question_key="", answer_key="", as_is=False):
             f"no question in {', '.join(names)}; the row has {keys}: --question-key says which"
         )
     answer = first_of(row, (answer_key,) if answer_key else ANSWER_KEYS)
-    if answer is None and not answer_key:
-        solution = row.get("solution") or ""
-        answer = extract_answer("\n".join(solution) if isinstance(solution, list) else solution)
+    if answer is None and not answer_key:  # a solution may be a list of texts
+        answer = extract_answer("".join(row.get("solution") or ""))
     if not as_is:
         set_answer(problem, answer)
     elif answer is not None:
@@ -987,8 +985,8 @@ def warm_up(model, tokenizer, task, steps, batch=64, lr=4e-3):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        left = (time.time() - started) / (step + 1) * (steps - step - 1)
-        live(f"base policy: step {step + 1} of {steps}, {duration(left)} left")
+        left = time_left(started, step + 1, steps)
+        live(f"base policy: step {step + 1} of {steps}, {left} left")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1398,9 +1396,8 @@ def rollout(
             responses[i] = Response(prompts[i], ids[:n], logp[:n], ids[n - 1] in stop_ids)
         ended += len(done)
         if title and 8 * ended >= len(prompts):  # the first to end say little of the rest
-            seconds = time.time() - started
-            left = duration(seconds / ended * (len(prompts) - ended))
-            rate = f"{tokens / seconds:,.0f} tokens/s"
+            left = time_left(started, ended, len(prompts))
+            rate = f"{tokens / (time.time() - started):,.0f} tokens/s"
             live(f"{title}: {ended}/{len(prompts)} responses, {rate}, {left} left")
     return responses
 
@@ -1452,13 +1449,15 @@ def linear_head(model):
     """
     head = model.get_output_embeddings()
     if not hasattr(model, "head_is_linear"):
-        model.head_is_linear = False
         ids = torch.arange(4, device=model.device)[None]
         with torch.autocast(model.device.type, enabled=False):
             hidden = model.base_model(ids, use_cache=False)[0]
-            if type(head) is torch.nn.Linear and hidden.shape[-1] == head.in_features:
-                logits = model(ids, use_cache=False).logits
-                model.head_is_linear = torch.allclose(head(hidden), logits, rtol=1e-5, atol=1e-5)
+            logits = model(ids, use_cache=False).logits
+            model.head_is_linear = (
+                type(head) is torch.nn.Linear
+                and hidden.shape[-1] == head.in_features
+                and torch.allclose(head(hidden), logits, rtol=1e-5, atol=1e-5)
+            )
         if not model.head_is_linear:
             say("this model does more than a product to get its logits: they are held whole")
     return head if model.head_is_linear else None
@@ -1696,11 +1695,13 @@ def first_line(error):
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def duration(seconds):
-    """
-    >>> duration(75.3)
+def time_left(started, done, total):
+    """How long the rest takes at the pace since `started` (s), as text.
+
+    >>> time_left(time.time() - 75.3, done=1, total=2)
     '0:01:15'
     """
+    seconds = (time.time() - started) / done * (total - done)
     return str(datetime.timedelta(seconds=int(seconds)))
 
 
@@ -1795,13 +1796,9 @@ def collapsed_steps(run):
 def sound_checkpoints(run):
     """The checkpoints of policies that have not collapsed, as far as it is known, oldest first."""
     collapsed = collapsed_steps(run)
-    sound = []
-    for checkpoint in checkpoints(run.path):
-        step = step_of(checkpoint)
-        # the policy of step-00025 is the one that samples the batch of step 26
-        if step not in collapsed and step + 1 not in collapsed:
-            sound.append(checkpoint)
-    return sound
+    # the policy of step-00025 is the one that samples the batch of step 26
+    collapsed |= {step - 1 for step in collapsed}
+    return [path for path in checkpoints(run.path) if step_of(path) not in collapsed]
 
 
 def prune_checkpoints(run):
@@ -1953,7 +1950,7 @@ def print_step(m, left, header):
         f"{m['entropy']:8.3f} {right:>6} {wrong:>6} {lam:>5} {beta:>5} "
         f"{m['grad_norm']:6.3f} {m['clip_frac']:5.1%} "
         f"{m['tokens'] / m['rollout_s']:10,.0f} {m['rollout_s']:6.2f}s {m['update_s']:5.2f}s "
-        f"{m['memory_gb']:4.1f}GB {duration(left):>8}"
+        f"{m['memory_gb']:4.1f}GB {left:>8}"
     )
 
 
@@ -2058,11 +2055,11 @@ def new_directory(cfg):
     for i in itertools.count(1):
         path = Path("out", cfg.name or f"{cfg.method}-{i}")
         try:
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
         except FileExistsError:
             if cfg.name:  # another process was faster
-                raise UserError(f"--name {cfg.name}: {path} exists; choose another")
+                raise
 
 
 def settings(given):
