@@ -194,7 +194,7 @@ class Response:
     old_logp: torch.Tensor = None  # by the training pass, before the first update
     entropy: torch.Tensor = None  # of the distribution before each token, in nats
     confidence: torch.Tensor = None  # (): c(y) = exp(mean of old_logp)
-    ref_logp: torch.Tensor = None  # by the model before training; None where no KL is asked for
+    ref_logp: torch.Tensor = None  # by the model before training; where no KL is asked for old_logp
     adv: torch.Tensor = None
     value: torch.Tensor = None  # ppo: by the critic, before its first update
     returns: torch.Tensor = None  # ppo: what the critic learns
@@ -258,6 +258,7 @@ def score(run, responses):
         with autocast(run):
             stats, _ = token_stats(run.model, micro, run.cfg.temperature)
             found = {"old_logp": stats.logprobs, "entropy": stats.entropy}
+            found["ref_logp"] = stats.logprobs
             if run.reference:
                 ref_stats, _ = token_stats(run.reference, micro, run.cfg.temperature)
                 found["ref_logp"] = ref_stats.logprobs
@@ -275,9 +276,7 @@ def weigh(cfg, responses, lam, beta):
     reward = torch.tensor([1.0 if r.correct else -1.0 for r in responses])
     if cfg.method == "ppo":  # PPO: the verdict is the last token's reward, the KL every token's
         for response, verdict in zip(responses, reward):
-            per_token = torch.zeros_like(response.old_logp)
-            if response.ref_logp is not None:
-                per_token += cfg.kl_coef * (response.ref_logp - response.old_logp)
+            per_token = cfg.kl_coef * (response.ref_logp - response.old_logp)
             per_token[-1] += verdict
             response.adv, response.returns = gae(per_token, response.value)
         return
@@ -648,8 +647,9 @@ def parse_problem(row, question_key="", answer_key="", as_is=False):
             f"no question in {', '.join(names)}; the row has {keys}: --question-key says which"
         )
     answer = first_of(row, (answer_key,) if answer_key else ANSWER_KEYS)
-    if answer is None and not answer_key:  # a solution may be a list of texts
-        answer = extract_answer("".join(row.get("solution") or ""))
+    if answer is None and not answer_key:
+        solution = row.get("solution")
+        answer = extract_answer("\n".join(solution) if isinstance(solution, list) else solution)
     if not as_is:
         set_answer(problem, answer)
     elif answer is not None:
@@ -821,10 +821,8 @@ def load_verifier(name):
 
 def say_unread(problems):
     """Say how many gold answers the verifier can only compare letter by letter."""
-    unread = []
-    for problem in problems:
-        if problem.verify is verify and parse_answer(problem.answer) is None:
-            unread.append(problem.answer)
+    checked = [p.answer for p in problems if p.verify is verify]
+    unread = [answer for answer in checked if parse_answer(answer) is None]
     if unread:
         say(
             f"{len(unread)} of {len(problems)} gold answers are beyond the verifier, such as "
@@ -861,41 +859,39 @@ BASE_VERSION = 1  # raise it when what makes a base policy changes: those on dis
 class Task:
     """An embedded task: its problems, and how long its base policy is warmed up."""
 
-    numbers: tuple  # how many a problem has: (fewest, most)
-    targets: tuple  # (least, largest)
+    counts: range  # of the numbers that a problem has
+    targets: range
     problems: int
     warm_up_steps: int
 
 
 TASKS = {
-    "countdown": Task((4, 4), (1, 30), 4000, 2500),
-    "countdown-hard": Task((4, 6), (1, 100), 10_000, 2000),
+    "countdown": Task(range(4, 5), range(1, 31), 4000, 2500),
+    "countdown-hard": Task(range(4, 7), range(1, 101), 10_000, 2000),
 }
 
 
 def random_expression(rng, numbers):
-    """(text, value) of a random tree over `numbers` in their order, inner nodes in parentheses."""
+    """(text, value) of a random tree over `numbers` in their order, each node in parentheses."""
     if len(numbers) == 1:
         return str(numbers[0]), numbers[0]
     cut, op = rng.randrange(1, len(numbers)), rng.choice("+-*")
     left, a = random_expression(rng, numbers[:cut])
     right, b = random_expression(rng, numbers[cut:])
-    left, right = (f"({text})" if len(text) > 1 else text for text in (left, right))
-    return left + op + right, {"+": a + b, "-": a - b, "*": a * b}[op]
+    return f"({left}{op}{right})", {"+": a + b, "-": a - b, "*": a * b}[op]
 
 
 def countdown_example(rng, task="countdown"):
     """(Problem, a random correct expression for it) of one of TASKS."""
-    (fewest, most), (least, largest) = TASKS[task].numbers, TASKS[task].targets
-    target = 0
-    while not least <= target <= largest:
-        count = fewest
-        if fewest < most:  # else it would take a number from rng, and change every problem
-            count = rng.randint(fewest, most)
+    counts, target = TASKS[task].counts, 0
+    while target not in TASKS[task].targets:
+        count = counts[0]
+        if len(counts) > 1:  # else it would take a number from rng, and change every problem
+            count = rng.choice(counts)
         numbers = [rng.randrange(1, 10) for _ in range(count)]
         expression, target = random_expression(rng, numbers)
     text = f"{' '.join(map(str, sorted(numbers)))} = {target}"
-    return Problem(text, text, COUNTDOWN, verify_countdown), expression
+    return Problem(text, text, COUNTDOWN, verify_countdown), expression[1:-1]
 
 
 def countdown_problems(task="countdown"):
@@ -1970,9 +1966,9 @@ def plot(run):
         axis.plot([row["step"] for row in steps], values)
         axis.set(title=name, xlabel="step")
     for step, row in evaluations(log).items():
-        scores = {name: row[name] for name in row if name.startswith("Pass@")}
-        ks = [int(name.removeprefix("Pass@")) for name in scores]
-        last.semilogx(ks, [*scores.values()], ".-", base=2, label=f"step {step}")
+        ks = [int(name.removeprefix("Pass@")) for name in row if name.startswith("Pass@")]
+        scores = [row[f"Pass@{k}"] for k in ks]
+        last.semilogx(ks, scores, ".-", base=2, label=f"step {step}")
     last.set(title="Pass@k", xlabel="k")
     last.legend()
     figure.suptitle(f"{run.path.name}: {run.cfg.method} on {run.cfg.data}")
@@ -2070,7 +2066,7 @@ def settings(given):
     if "resume" not in given:
         cfg = resolve(given)
         path = Path("out", cfg.name)
-        if cfg.name and path.name != cfg.name or cfg.name == "..":
+        if "/" in cfg.name or cfg.name in (".", ".."):
             raise UserError(f"--name {cfg.name}: not a plain name for a directory in out/")
         if cfg.name and path.exists():
             raise UserError(
@@ -2079,15 +2075,16 @@ def settings(given):
             )
         return cfg
     path = Path(given["resume"])
-    if path in checkpoints(path.parent)[-1:]:
+    saved = checkpoints(path.parent)
+    if path in saved[:-1]:
+        raise UserError(
+            f"--resume {path}: a run goes on from its newest checkpoint: --resume {path.parent}"
+        )
+    if path in saved:
         path = path.parent
     cfg = config_of(path)
     if not cfg:
         raise UserError(f"--resume {path}: no run to go on with: no sound config.json of one there")
-    if path in checkpoints(path.parent):
-        raise UserError(
-            f"--resume {path}: a run goes on from its newest checkpoint: --resume {path.parent}"
-        )
     given["resume"] = str(path)
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')}"
