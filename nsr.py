@@ -235,10 +235,7 @@ def collect(run):
     """The next step's responses, sampled, verified and with their advantages; and its metrics."""
     cfg, started = run.cfg, time.time()
     chosen = batch_indices(run.step, cfg.prompts, len(run.problems), cfg.seed)
-    # a row of places for each mini-batch, of which every rank has its share
-    places = np.arange(cfg.prompts).reshape(cfg.updates, -1)[:, RANK::WORLD_SIZE].flatten().tolist()
-    problems = {place: run.problems[chosen[place]] for place in places}
-    responses = sample(run, "rollout", problems, cfg.group_size)
+    responses = sample(run, "rollout", [run.problems[i] for i in chosen], cfg.group_size)
     sampled = time.time()
     score(run, responses)
     # the schedules move with the step: once per batch, not per mini-batch or per call of the loss
@@ -1567,10 +1564,11 @@ def sample_verified(model, tokenizer, problems, seeds, pattern="", **sampling):
 
 
 def sample(run, purpose, problems, n):
-    """[Response]: n verified ones to each of problems {place: Problem}, by the run's settings."""
+    """[Response]: n verified ones to each of this rank's problems, by the run's settings."""
     cfg, asked, seeds = run.cfg, [], []
-    for place, problem in problems.items():
-        asked += [problem] * n
+    # every rank has its share of each mini-batch, for its size divides by their number
+    for place in range(RANK, len(problems), WORLD_SIZE):
+        asked += [problems[place]] * n
         seeds += [seed_of(cfg.seed, purpose, run.step, place, i) for i in range(n)]
     with autocast(run), torch.compiler.set_stance("force_eager"):  # --compile is for training
         return sample_verified(
@@ -1592,8 +1590,7 @@ def evaluate(run):
     due = step in (0, cfg.steps) or cfg.eval_every and step % cfg.eval_every == 0
     if not due or step in evaluations(run.path / "metrics.jsonl"):
         return
-    share = {i: run.held_out[i] for i in range(RANK, len(run.held_out), WORLD_SIZE)}
-    responses = sample(run, "evaluation", share, cfg.eval_samples)
+    responses = sample(run, "evaluation", run.held_out, cfg.eval_samples)
     tallies = []
     for group in split(responses, cfg.eval_samples):
         tallies.append(tally([r.correct for r in group], [r.answer for r in group]))
