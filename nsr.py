@@ -473,7 +473,7 @@ RESUMABLE = (
 )
 
 
-QWEN_MATH_SHAPE = transformers.Qwen2Config(  # of the presets' model, for --dry-run
+QWEN_MATH_SHAPE = transformers.Qwen2Config(  # of the presets' model, for --dry-run: no download
     vocab_size=151936,
     hidden_size=1536,
     intermediate_size=8960,
@@ -1024,9 +1024,7 @@ def load_model(name, device, kind=transformers.AutoModelForCausalLM, shape_only=
     """
     if shape_only:
         tokenizer = countdown_tokenizer()
-        config = QWEN_MATH_SHAPE  # without a download
-        if name not in QWEN_MATH.split():
-            config = model_config(name)
+        config = QWEN_MATH_SHAPE if name in QWEN_MATH.split() else model_config(name)
         config.update(options)
         model = kind.from_config(config, dtype=torch.float32)
     else:
@@ -1302,8 +1300,8 @@ class Rows(transformers.Cache):
         dtype, kind = read.dtype, read.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        shape = (len(self.row), read.shape[1], self.columns, read.shape[3])
-        return read.new_zeros(shape, dtype=dtype)
+        _, heads, _, head_dim = read.shape
+        return read.new_zeros(len(self.row), heads, self.columns, head_dim, dtype=dtype)
 
     def set_window(self, steps):
         """Have attention read the columns that the next steps may use, and few more.
@@ -1408,8 +1406,8 @@ def micro_batches(responses, micro_tokens):
     for response in sorted(responses, key=lambda r: len(r.prompt_ids) + len(r.ids)):
         longest = len(response.prompt_ids) + len(response.ids)
         tokens += longest
-        size = len(cut[-1]) + 1 if cut else 0
-        if not cut or size * longest > micro_tokens or tokens < 0.75 * size * longest:
+        size = (len(cut[-1]) + 1) * longest if cut else math.inf  # with this one
+        if size > micro_tokens or tokens < 0.75 * size:
             cut.append([])
             tokens = longest
         cut[-1].append(response)
@@ -1719,7 +1717,7 @@ live.shown = time.time()
 def write_whole(path, content):
     """Write `content` (bytes) so that a reader finds all of it, or what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished = Path(f"{path}.{os.getpid()}.tmp")
     unfinished.write_bytes(content)
     os.replace(unfinished, path)
 
@@ -1959,7 +1957,7 @@ def plot(run):
     figure = Figure(figsize=(14, 6), layout="constrained")
     *panels, last = figure.subplots(2, 4).flat
     for axis, name in zip(panels, names):
-        values = np.array([row[name] for row in steps], float)
+        values = np.array([row[name] for row in steps], float)  # None becomes nan
         axis.plot([row["step"] for row in steps], values)
         axis.set(title=name, xlabel="step")
     for step, row in evaluations(log).items():
