@@ -2151,11 +2151,11 @@ def restore(run, checkpoint):
     advice = "put a copy back, or remove it to begin that run again"
     with explained(f"{checkpoint} is damaged", advice):
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-    run.step = state.pop("step")
+        run.step = state.pop("step")
+        for name, part in state.items():
+            getattr(run, name).load_state_dict(part)
     if run.step > run.cfg.steps:
         raise UserError(f"--steps {run.cfg.steps}: that run has done {run.step} already")
-    for name, part in state.items():
-        getattr(run, name).load_state_dict(part)
 
 
 def open_run(cfg):
