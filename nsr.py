@@ -2354,11 +2354,6 @@ def extract_answer(response, pattern=""):
 # ---- rewrite: one spelling for what is written in many ways
 
 
-def _repeated(m):
-    r"""0.1\overline{6} as 0.10 + 6/90."""
-    return f"(0{m[1]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"
-
-
 _GAP = r"(?:\\[,!;:]|~|\s)*+"
 # fmt: off
 _REWRITES = {re.compile(pattern): new for pattern, new in {
@@ -2416,16 +2411,18 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
     r'\\[dt]?frac\s*\{\s*("\w+")\s*\}\s*\{\s*("\w+")\s*\}': r"\1/\2",  # \frac{m}{s}
     r'(?<=")\s*(?:/\s*"?|(?:[-·⋅]|\\cdot)\s*")([A-Za-z]+)\b"?': r'"\1"',  # km/h, N·m
     r'(?<=")[\s$.]*\^\s*\{?(-?\d)\}?': r'"^\1"',  # cm^2, s^{-1}
-    r"(?:\||\\[lr]?vert\b|\\mid\b)(.*?)(?:\||\\[lr]?vert\b|\\mid\b)": r"|\1¦",  # |x|
+    r"(?:\||\\[lr]?vert\b|\\mid\b)(.*?)(?:\||\\[lr]?vert\b|\\mid\b)": r"\\abs(\1)",  # |x|
     # numbers
     r'(?<=\d)\s*\^?\s*(\{)?\s*"?(?:st|nd|rd|th)\b"?\s*(?(1)\})': "",  # 11^{th}
     r'(?:\^\s*(\{)?\s*(?:\\circ|°|"?o\b"?)\s*(?(1)\})|\\circ|°|\\?"?\bdegrees?\b"?)'
      r"(?:\s*[CF]\b)?": "°",  # 90^{\circ}, 90 degrees, 20 °C
     r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?": r"\\overline{\1\2\3}",  # 0.\dot3\dot6
-    r"(\d*\.(\d*))\\(?:overline|bar|dot)\s*\{?(\d+)\}?": _repeated,  # 0.1\overline{6}
+    r"(\d*\.(\d*))\\(?:overline|bar|dot)\s*\{?(\d+)\}?":
+     lambda m: f"(0{m[1]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})",  # 0.1\overline{6}
     rf"(?<![\d.^_])(?P<n>\d+)(?:{_GAP}(\{{)?\\[dtc]?frac\s*"
      r"(?:\{\s*(?P<a>\d+)\s*\}|(?P<a>\d))\s*(?:\{\s*(?P<b>[1-9]\d*)\s*\}|(?P<b>[1-9])(?!\d))"
      r"(?(2)\})|\s+(?P<a>\d+)/(?P<b>[1-9]\d*))": r"(\g<n>+\g<a>/\g<b>)",  # 3\frac18, 3 1/8
+    r"(?:\\?sqrt|√)\s*\[([^\[\]]*)\]": r"√_{\1}",  # \sqrt[3]{x}
     r"\\[dtc]?(frac|binom)\s*(\d?)\s*(\d?)": r"\\\1 \2 \3 ",  # \dfrac12
     r"\\?\b(sin|cos|tan)\s*\^\s*(?:\{\s*-\s*1\s*\}|-1)": r"\\arc\1 ",  # \tan^{-1} 2
     r"(\d+)°\s*(\d+)(?:'|\^\s*\{?\\prime\s*\}?)(?:\s*(\d+)(?:''|\^\s*\{?(?:\\prime\s*)+\}?))?":
@@ -2489,11 +2486,12 @@ for _line in r"""~ \displaystyle \overline \underline \overrightarrow \vec \hat 
     (-∞,∞) ℝ
     ⦃⦄ \emptyset \varnothing ∅
     ( \langle ⟨
-    ) \rangle ⟩
-    ⌊ \lfloor
-    ⌋ \rfloor
-    ⌈ \lceil
-    ⌉ \rceil
+    ) \rangle ⟩ \rfloor ⌋ \rceil ⌉
+    asin \arcsin arcsin
+    acos \arccos arccos
+    atan \arctan arctan
+    \floor( \lfloor ⌊
+    \ceil( \lceil ⌈
     π \pi pi
     ∞ \infty infinity inf
     *100 hundred
@@ -2526,7 +2524,7 @@ for _line in r"""~ \displaystyle \overline \underline \overrightarrow \vec \hat 
     "year" years
     "cent" cents ¢
     "dollar" dollars
-    "angstrom" \AA""".splitlines():  # ~ is a space, and so says nothing
+    "angstrom" \aa""".splitlines():  # ~ is a space, and so says nothing
     _sign, *_others = _line.split()
     _SPELLINGS |= dict.fromkeys(_others, _sign)
 _NO_UNITS = {*"squared cubed plus minus over through half halves thirds not wrong".split()}
@@ -2549,7 +2547,7 @@ def _tokens(text):
     for m in _TOKEN.finditer(text):
         kind, found = m.lastgroup, m[m.lastgroup]
         low = found.lower()
-        spelled = _SPELLINGS.get(found, _SPELLINGS.get(low))
+        spelled = _SPELLINGS.get(low)
         name = low.lstrip("\\")
         if kind == "num":
             yield "num", Fraction(found)
@@ -2593,7 +2591,7 @@ def _read(text):
 # no such grammar, too deep, no value, no number
 _FAILURES = ArithmeticError, LookupError, RecursionError, TypeError, ValueError
 _LEVELS = [{*signs} for signs in ("*/", "+-", ":÷∁", "∪∩∖", "=<>≤≥≠≈", "&", ",∨")]
-_OPEN, _CLOSE = {*"([{⦃⌊⌈|"}, {*")]}⦄⌋⌉¦"}
+_OPEN, _CLOSE = {*"([{⦃"}, {*")]}⦄"}
 _ENDS = {"$", *_CLOSE}.union(*_LEVELS)  # what ends a factor
 _RELATIONS = {*"=<>≤≥≠"}
 _INTERVALS = {"()": "<<", "[]": "≤≤", "(]": "<≤", "[)": "≤<"}
@@ -2639,15 +2637,12 @@ def _atom(stack):
         return _bracket(head, stack)
     if head in ("frac", "binom"):
         return "/" if head == "frac" else head, _atom(stack), _atom(stack)
-    if head == "√":
-        root = _atom(stack) if stack[-1] == "[" else ("num", 2)
-        return "^", _atom(stack), ("/", ("num", 1), root)
     if head in _FUNCTIONS:
         return _function(head, stack)
     if head[0] == "word":
         return "sym", head[1]
     if isinstance(head, str):
-        raise ValueError(f"no grammar for {head}")
+        raise ValueError("no such operand")
     return head
 
 
@@ -2660,7 +2655,7 @@ def _function(name, stack):
     if stack[-1] == "^":
         stack.pop()
         power = _atom(stack)
-    closed = stack[-1] == "("
+    closed = name == "√" or stack[-1] == "("
     argument = _atom(stack) if closed else _factor(stack)
     while not closed and (stack[-1][0] == "sym" or stack[-1] in ("frac", "√")):
         argument = "*", argument, _factor(stack)
@@ -2675,8 +2670,6 @@ def _bracket(opening, stack):
         return ("⦃⦄",)
     what, *parts = inside = _chain(stack)
     pair = opening + stack.pop()
-    if pair in _FUNCTIONS:
-        return pair, inside
     if what[0] == "," and pair in _INTERVALS:
         return pair, *parts
     if pair == "⦃⦄" and what[0] not in "<>≤≥≠=" or pair == "{}" and what[0] == ",":
@@ -2711,11 +2704,9 @@ def _parse(tokens):
 
 def parse_answer(text):
     """Return the tree of an answer (str), nested tuples, or None if the grammar lacks it."""
-    if not isinstance(text, str) or len(text) > MAX_CHARS:
-        return None
-    tokens = _read(text)
-    with contextlib.suppress(*_FAILURES):
-        return _parse(tokens)
+    if isinstance(text, str) and len(text) <= MAX_CHARS:
+        with contextlib.suppress(*_FAILURES):
+            return _parse(_read(text))
     return None
 
 
@@ -2739,23 +2730,17 @@ def _choose(n, k):
 
 _CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "∞": math.inf}
 _FUNCTIONS = {
-    "sin": cmath.sin,
-    "cos": cmath.cos,
-    "tan": cmath.tan,
+    **{name: getattr(cmath, name) for name in "sin cos tan asin acos atan exp".split()},
     "sec": lambda x: 1 / cmath.cos(x),
     "csc": lambda x: 1 / cmath.sin(x),
     "cot": lambda x: 1 / cmath.tan(x),
-    "arcsin": cmath.asin,
-    "arccos": cmath.acos,
-    "arctan": cmath.atan,
-    "exp": cmath.exp,
     "cis": lambda x: cmath.exp(1j * x),
     "ln": cmath.log,
     "log": lambda x, base=10: cmath.log(x, base),
     "abs": abs,
-    "|¦": abs,
-    "⌊⌋": lambda x: math.floor(x.real),
-    "⌈⌉": lambda x: math.ceil(x.real),
+    "floor": lambda x: math.floor(x.real),
+    "ceil": lambda x: math.ceil(x.real),
+    "√": lambda x, n=2: _power(x, 1 / n),
     "frac": operator.truediv,
     "!": _factorial,
     "°": math.radians,
@@ -2845,14 +2830,6 @@ def _equal(a, b):
 _JOINS = {"∪": any, "∨": any, "∩": all, ",": all, "∖": lambda x: x == [True, False]}
 
 
-def _is_region(tree):
-    """Whether a tree gives a set of reals by conditions on an unknown or as a union."""
-    what, *parts = tree
-    if what[0] in ",∨":
-        return any(map(_is_region, parts))
-    return what[0] in "∪∩∖" or {*what} <= {*"<>≤≥≠"} and _names(tree)
-
-
 def _holds(relation, x, y):
     """Whether a relation holds between two values; one that is not real is neither < nor >."""
     if _close(x, y):
@@ -2876,7 +2853,7 @@ def _member(tree, x):
         lower, upper = values
         what = _INTERVALS[what]
         values = [lower, x, upper]
-    elif not {*what} <= _RELATIONS:
+    elif not {*what} <= _RELATIONS or not _names(tree):
         raise TypeError("no condition")
     return all(map(_holds, what, values, values[1:]))
 
@@ -3005,8 +2982,8 @@ def _same(a, b):
     if label and other_label and label != other_label:
         return False
     a, b = _distribute(a), _distribute(b)
-    if _is_region(a) or _is_region(b):
-        with contextlib.suppress(TypeError, ValueError):
+    if re.search("[∪∩∖<≤≠>≥]", f"{a}{b}"):
+        with contextlib.suppress(*_FAILURES):
             return _same_region(a, b)
     if _is_list(a) or _is_list(b):
         items, others = _items(a), _items(b)
