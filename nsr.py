@@ -2365,7 +2365,7 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
     "⁄": "/",
     "[¼-¾⅐-⅞]": r"\\frac{\g<0>}",
     "[Α-ω]": lambda m: rf"\{unicodedata.name(m[0], 'x').split()[-1].lower()} ",
-    r"^(?!\p{ASCII}*$).*": lambda m: unicodedata.normalize("NFKC", m[0])[: 2 * MAX_CHARS],  # ﷺ is 18
+    r"^(?!\p{ASCII}*$).*": lambda m: unicodedata.normalize("NFKC", m[0])[: 2 * MAX_CHARS],  # ﷺ: 18
     r"(?<=\d)⁄": "}{",
     # a matrix is a tuple of rows: \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}, (1 & 2, 3 & 4)
     r"(?<!\\)[,.;]\s*(?=\\\\|\\end)|(?:\\\\)+(?:\[[\w.\s]+\])?\s*(?=\\end)": "",  # 4 \\ \end
@@ -2439,7 +2439,8 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
     r'(?<![\s,;])(?:[,;]|\\[,;\s]|\s)++(?="?(?:and|or)\b)': " ",  # 1, 2, and 3
     r"^(?:[\s,=≈$]|\\approx)+": "",  # \approx 5
     r"(?<![\s,;:$\\])(?:[\s,;:$\\]|(?<!\.)\.(?!\.))++$": "",  # 5. but not 5...
-    r"^(?:\[|(\())(([^()\[\],;=]*+=[^()\[\],;=]*+)(?:[,;](?3))+)(?(1)\)|\])$": r"\2",  # [x = 1, y = 2]
+    r"^(?:\[|(\())(([^()\[\],;=]*+=[^()\[\],;=]*+)(?:[,;](?3))+)(?(1)\)|\])$":
+     r"\2",  # [x = 1, y = 2]
     r'(?i)(?:(?<=(?:_\s*\{?|\bbase"?)\s*)|^(?="?[a-z]+"?$))"?(?:(zero)|(one)|(two)|(three)|(four)|'
      r'(five)|(six)|(seven)|(eight)|(nine)|(ten)|(eleven)|(twelve))(?![a-z])"?':
      lambda m: str(m.lastindex - 1),  # seven, 204_{five}
@@ -2619,8 +2620,9 @@ def _factor(stack):
         return stack.pop(), ("num", 0), _factor(stack)
     phrase = stack[-1][0] == "word"  # its words are multiplied
     tree = _atom(stack)
-    while stack[-1] in ("!", "°"):
-        tree = stack.pop(), tree
+    for sign in "°!":
+        if stack[-1] == sign:
+            tree = stack.pop(), tree
     if stack[-1] == "^":
         tree = stack.pop(), tree, _atom(stack) if stack[-1][0] == "num" else _factor(stack)
     while stack[-1][0] == "word" and not phrase and stack[-1][1] not in _NO_UNITS:
@@ -2679,12 +2681,9 @@ def _bracket(opening, stack):
     raise ValueError("unbalanced")
 
 
-def _is_list(tree):
-    return tree[0][0] in ",∨⦃"
-
-
 def _items(tree):
-    return [*tree[1:]] if _is_list(tree) else [tree]
+    """The items of a list or a set; anything else is its own and only item."""
+    return [*tree[1:]] if tree[0][0] in ",∨⦃" else [tree]
 
 
 @lru_cache(4096)
@@ -2742,8 +2741,6 @@ _FUNCTIONS = {
     "ceil": lambda x: math.ceil(x.real),
     "√": lambda x, n=2: _power(x, 1 / n),
     "frac": operator.truediv,
-    "!": _factorial,
-    "°": math.radians,
     "binom": _choose,
 }
 _RING = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -2755,6 +2752,8 @@ _NUMBERS = {  # what the kinds of trees mean in the complex numbers
     **dict.fromkeys("/:÷", operator.truediv),
     "^": _power,
     "∁": _choose,
+    "!": _factorial,
+    "°": math.radians,
 }
 _count = range(2501).index  # raises ValueError for other numbers
 _RESIDUES = {  # and modulo a prime
@@ -2763,7 +2762,7 @@ _RESIDUES = {  # and modulo a prime
     **_RING,
     **dict.fromkeys("/:÷", lambda x, y: x * pow(y, -1, PRIME) % PRIME),
     "^": lambda x, y: pow(x, y, PRIME) if abs(y) < 10**15 else None,  # whose y is no integer
-    "!": lambda n: math.factorial(_count(n)),
+    "!": lambda n: math.factorial(_count(n)) % PRIME,
     **dict.fromkeys(("binom", "∁"), lambda n, k: math.comb(_count(n), _count(k))),
 }
 
@@ -2844,9 +2843,8 @@ def _member(tree, x):
     what, *parts = tree
     if what[0] in _JOINS:
         return _JOINS[what[0]]([_member(part, x) for part in parts])
-    values = [
-        _value(part, _NUMBERS | {"sym": lambda name: _CONSTANTS.get(name, x)}) for part in parts
-    ]
+    meaning = _NUMBERS | {"sym": lambda name: _CONSTANTS.get(name, x)}
+    values = [_value(part, meaning) for part in parts]
     if what == "⦃⦄":
         return any(_close(value, x) for value in values)
     if what in _INTERVALS:
@@ -2863,7 +2861,7 @@ def _bounds(tree):
     what, *parts = tree
     if what == "sym" and parts[0] not in _CONSTANTS:
         return []
-    if len(parts) > MAX_ITEMS:
+    if len(parts) > MAX_ITEMS // 2:
         raise ValueError("too long")
     if what[0] in "∪∩∖∨,=<>≤≥≠([⦃":
         return sum(map(_bounds, parts), [])
@@ -2908,7 +2906,7 @@ def _is_label(tree):
     what, *parts = tree
     if what == "sym":
         return parts[0] not in "π∞" and not parts[0][0].isdigit()
-    if what in _FUNCTIONS or what == "^":
+    if what in _FUNCTIONS or what in "^!":
         return _is_label(parts[0])
     return what[0] in "*/:(" and all(map(_is_label, parts))
 
@@ -2961,18 +2959,6 @@ def _distribute(tree):
     return tree
 
 
-def _same_items(items, others):
-    """Whether two lists have the same items in any order."""
-    others = [*others]
-    if not len(items) == len(others) <= MAX_ITEMS:
-        return False
-    with contextlib.suppress(StopIteration):
-        for item in items:
-            others.remove(next(other for other in others if _same(item, other)))
-        return True
-    return False
-
-
 def _same(a, b):
     """Whether two trees are equal: in any order in lists and sets, else elementwise."""
     if a == b or _proportional(a, b):
@@ -2985,13 +2971,20 @@ def _same(a, b):
     if re.search("[∪∩∖<≤≠>≥]", f"{a}{b}"):
         with contextlib.suppress(*_FAILURES):
             return _same_region(a, b)
-    if _is_list(a) or _is_list(b):
-        items, others = _items(a), _items(b)
+    items, others = _items(a), _items(b)
+    if items != [a] or others != [b]:
         if len(items) != len(others):
             items, others = _solutions(items, label), _solutions(others, other_label)
         if "⦃" in a[0] + b[0]:  # an element twice is once
             items, others = {*items}, {*others}
-        return _same_items(items, others)
+        if not len(items) == len(others) <= MAX_ITEMS:
+            return False
+        for item in items:
+            found = next((other for other in others if _same(item, other)), None)
+            if found is None:
+                return False
+            others.remove(found)
+        return True
     kinds = {a[0], b[0]}
     if kinds <= {":", "/"} or ":" not in kinds:  # 3:1 is no 3
         verdict = _equal(a, b)
