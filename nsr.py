@@ -2357,6 +2357,10 @@ def extract_answer(response, pattern=""):
 _GAP = r"(?:\\[,!;:]|~|\s)*+"
 # fmt: off
 _REWRITES = {re.compile(pattern): new for pattern, new in {
+    r"\s+": " ",
+    r"^ | $": "",
+    # a backslash written twice; \G goes on where the last match ended, if there was one
+    r"(?:^(?!.*\\begin)|(?<!^)\G)(.*?)\\\\": r"\1\\",
     # Unicode: NFKC makes 2 of ², and 1⁄2 of ½, whose slash must be the only one
     "[º˚∘]": "°",
     "ℝ": r"\\R ",
@@ -2447,6 +2451,7 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
     r'(\()?((?=["A-F]*\d)["\dA-F]++(?:\.\d+)?)(?(1)\))(?:\\[,!;:]|\s)*'
      r'(?|_\s*"?([^\W_]+)"?|_\s*\{[^{}]*?([^\W_]+)[^\w{}]*\}|\(?\s*"?base\b"?\s*"?(\w+)"?\s*\)?)':
      r"\2_\3 ",  # 204_{5}, 204 (base 5)
+    r"(?:^(?!.*(?:sin|cos|tan|sec|csc|cot|cis))|(?<!^)\G)([^°]*)°": r"\1",  # no angle of a sine
     r"(?:^|=)\s*\[[^\[\],;&=<>≤≥≠]*\]$": r"\g<0>?",  # [7] is no 7
 }.items()}
 # fmt: on
@@ -2572,13 +2577,8 @@ def _tokens(text):
 def _read(text):
     """Tuple of the tokens of an answer (str)."""
     if not text.isdecimal():  # as most are
-        text = " ".join(text.split())
-        if r"\begin" not in text:  # a backslash written twice, and no end of a row
-            text = text.replace(r"\\", "\\")
         for pattern, new in _REWRITES.items():
             text = pattern.sub(new, text)
-        if not re.search("sin|cos|tan|sec|csc|cot|cis", text):
-            text = text.replace("°", "")
     return tuple(_tokens(text))
 
 
@@ -2587,7 +2587,7 @@ def _read(text):
 #
 #   chain     operands joined by operators of one level, down to products of factors
 #   factor    sign* atom '°'? '!'? ('^' factor)? unit*
-#   atom      number | symbol | words | bracket | frac binom √ | function
+#   atom      number | symbol | words | bracket | frac binom | function
 
 # no such grammar, too deep, no value, no number
 _FAILURES = ArithmeticError, LookupError, RecursionError, TypeError, ValueError
@@ -2691,7 +2691,8 @@ def _parse(tokens):
     """Tree of a tuple of tokens; 1 ± 2 is the list 1 + 2, 1 - 2. Raises one of _FAILURES."""
     if "±" in tokens or "∓" in tokens:
         items = []
-        for signs in ({"±": "+", "∓": "-"}, {"±": "-", "∓": "+"}):
+        for plus, minus in ("+-", "-+"):
+            signs = {"±": plus, "∓": minus}
             items += _items(_parse(tuple(signs.get(token, token) for token in tokens)))
         return ",", *dict.fromkeys(items)
     stack = ["$", *tokens[::-1]]
@@ -2848,16 +2849,15 @@ def _member(tree, x):
     if what == "⦃⦄":
         return any(_close(value, x) for value in values)
     if what in _INTERVALS:
-        lower, upper = values
         what = _INTERVALS[what]
-        values = [lower, x, upper]
+        values.insert(1, x)
     elif not {*what} <= _RELATIONS or not _names(tree):
         raise TypeError("no condition")
     return all(map(_holds, what, values, values[1:]))
 
 
 def _bounds(tree):
-    """The numbers in a set of reals. Raises TypeError if it may begin or end elsewhere."""
+    """The numbers in a set of reals. Raises LookupError if it may begin or end elsewhere."""
     what, *parts = tree
     if what == "sym" and parts[0] not in _CONSTANTS:
         return []
@@ -2865,21 +2865,21 @@ def _bounds(tree):
         raise ValueError("too long")
     if what[0] in "∪∩∖∨,=<>≤≥≠([⦃":
         return sum(map(_bounds, parts), [])
-    return [_value(tree).real]  # a KeyError where an unknown is in it, as in 2x < 3
+    return [_value(tree).real]  # there is none of an unknown, as in 2x < 3
 
 
 def _same_region(a, b):
     """Whether two sets of reals have the same members: at every bound, around it, and far away."""
     if len(_names(a) | _names(b)) > 1:
         raise ValueError("several unknowns")
-    known = []
+    bounds = []
     for tree in (a, b):
         with contextlib.suppress(LookupError):
-            known.append(_bounds(tree))
-    if not known:
+            bounds += [0, *_bounds(tree)]
+    if not bounds:
         raise ValueError("not linear")
-    points = {-99.0, -9.0, -0.3, 0, 0.3, 9.0, 99.0}
-    for x in sum(known, []):
+    points = {-99.0, -9.0, -0.3, 0.3, 9.0, 99.0}
+    for x in bounds:
         step = 1e-6 * (1 + abs(x))
         points |= {x, -x, x + step, x - step}
     return all(_member(a, x) == _member(b, x) for x in points if abs(x) < math.inf)
@@ -2994,7 +2994,9 @@ def _same(a, b):
 
 
 # the letter of a choice, with what it stands for or without: C, \text{(C)}, C) 12
-_CHOICE = re.compile(r"(?:\\(?:text|math)\w*\s*\{|[\s${(])*([A-J])[\s}]*(?:[.):]|[\s$}]*$)")
+_CHOICE = re.compile(
+    r"(?:\\(?:text|math)\w*\s*\{|[\s${(])*([A-J])[\s}]*(?:[.)]|:(?!\s*[A-Z]\s*[:=])|[\s$}]*$)"
+)
 
 
 def verify(response, gold, pattern=""):
