@@ -2369,7 +2369,8 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
     "⁄": "/",
     "[¼-¾⅐-⅞]": r"\\frac{\g<0>}",
     "[Α-ω]": lambda m: rf"\{unicodedata.name(m[0], 'x').split()[-1].lower()} ",
-    r"^(?!\p{ASCII}*$).*": lambda m: unicodedata.normalize("NFKC", m[0])[: 2 * MAX_CHARS],  # ﷺ: 18
+    r"^(?!\p{ASCII}*$).*": lambda m: unicodedata.normalize("NFKC", m[0]),
+    rf"^(.{{{2 * MAX_CHARS}}}).*": r"\1",  # of ﷺ there are now 18 letters
     r"(?<=\d)⁄": "}{",
     # a matrix is a tuple of rows: \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}, (1 & 2, 3 & 4)
     r"(?<!\\)[,.;]\s*(?=\\\\|\\end)|(?:\\\\)+(?:\[[\w.\s]+\])?\s*(?=\\end)": "",  # 4 \\ \end
