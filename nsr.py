@@ -755,8 +755,8 @@ def read_problems(name, cfg=Config()):
         )
     if repeated:
         say(
-            f"{name}: left out {repeated} rows that repeat a question, {other} of them with another "
-            "answer"
+            f"{name}: left out {repeated} rows that repeat a question, {other} of them with "
+            "another answer"
         )
     begun = sum(ends_begun(p.messages) for p in problems.values() if p.messages)
     if begun:
@@ -2311,7 +2311,7 @@ def main():
 MAX_CHARS = 500  # of an answer
 MAX_SCAN = 50_000  # characters before and after the last box that are looked at
 MAX_ITEMS = 32  # of a list whose items are compared each with each
-PRIME = 60125655007602874511562706186750756763  # safe: no small power of a number is 1 modulo it
+PRIME = 60125655007602874511562706186750756763  # 2q + 1, q prime: 2, 4, 8 ... first repeat at 2^q
 _BOX = re.compile(
     r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([+-]?\d+(?:\.\d+)?|[A-Za-z]))"
     r"|\\[\\{}](*SKIP)(*FAIL)|[{}]"  # \\, \{ and \} open and close nothing
@@ -2353,14 +2353,12 @@ def extract_answer(response, pattern=""):
 
 # ---- rewrite: one spelling for what is written in many ways
 
-
+_NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _GAP = r"(?:\\[,!;:]|~|\s)*+"
 # fmt: off
 _REWRITES = {re.compile(pattern): new for pattern, new in {
     r"\s+": " ",
     r"^ | $": "",
-    # a backslash written twice; \G goes on where the last match ended, if there was one
-    r"(?:^(?!.*\\begin)|(?<!^)\G)(.*?)\\\\": r"\1\\",
     # Unicode: NFKC makes 2 of ², and 1⁄2 of ½, whose slash must be the only one
     "[º˚∘]": "°",
     "ℝ": r"\\R ",
@@ -2446,13 +2444,11 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
     r"(?<![\s,;:$\\])(?:[\s,;:$\\]|(?<!\.)\.(?!\.))++$": "",  # 5. but not 5...
     r"^(?:\[|(\())(((?:[^()\[\]=]|\([^()=]*\))*+)(?:=(?3)){2,})(?(1)\)|\])$":
      r"\2",  # [x = 1, y = 2]
-    r'(?i)(?:(?<=(?:_\s*\{?|\bbase"?)\s*)|^(?="?[a-z]+"?$))"?(?:(zero)|(one)|(two)|(three)|(four)|'
-     r'(five)|(six)|(seven)|(eight)|(nine)|(ten)|(eleven)|(twelve))(?![a-z])"?':
-     lambda m: str(m.lastindex - 1),  # seven, 204_{five}
+    rf'(?i)(?:(?<=(?:_\s*\{{?|\bbase"?)\s*)|^(?="?[a-z]+"?$))"?({"|".join(_NUMERALS)})(?![a-z])"?':
+     lambda m: str(_NUMERALS.index(m[1].lower())),  # seven, 204_{five}
     r'(\()?((?=["A-F]*\d)["\dA-F]++(?:\.\d+)?)(?(1)\))(?:\\[,!;:]|\s)*'
      r'(?|_\s*"?([^\W_]+)"?|_\s*\{[^{}]*?([^\W_]+)[^\w{}]*\}|\(?\s*"?base\b"?\s*"?(\w+)"?\s*\)?)':
      r"\2_\3 ",  # 204_{5}, 204 (base 5)
-    r"(?:^(?!.*(?:sin|cos|tan|sec|csc|cot|cis))|(?<!^)\G)([^°]*)°": r"\1",  # no angle of a sine
     r"(?:^|=)\s*\[[^\[\],;&=<>≤≥≠]*\]$": r"\g<0>?",  # [7] is no 7
 }.items()}
 # fmt: on
@@ -2577,9 +2573,14 @@ def _tokens(text):
 @lru_cache(4096)
 def _read(text):
     """Tuple of the tokens of an answer (str)."""
-    if not text.isdecimal():  # as most are
-        for pattern, new in _REWRITES.items():
-            text = pattern.sub(new, text)
+    if text.isdecimal():  # as most are
+        return (("num", Fraction(text)),)
+    if r"\begin" not in text:  # a backslash written twice, and no end of a row
+        text = text.replace(r"\\", "\\")
+    for pattern, new in _REWRITES.items():
+        text = pattern.sub(new, text)
+    if not re.search("sin|cos|tan|sec|csc|cot|cis", text):
+        text = text.replace("°", "")
     return tuple(_tokens(text))
 
 
@@ -2763,7 +2764,7 @@ _RESIDUES = {  # and modulo a prime
     "sym": lambda name: int(_point(0, name) * 2**99),  # raises for i and ∞
     **_RING,
     **dict.fromkeys("/:÷", lambda x, y: x * pow(y, -1, PRIME) % PRIME),
-    "^": lambda x, y: pow(x, y, PRIME) if abs(y) < 10**15 else None,  # whose y is no integer
+    "^": lambda x, y: pow(x, y, PRIME) if abs(y) < 10**15 else None,  # raises if y is no integer
     "!": lambda n: math.factorial(_count(n)) % PRIME,
     **dict.fromkeys(("binom", "∁"), lambda n, k: math.comb(_count(n), _count(k))),
 }
@@ -3012,19 +3013,20 @@ def verify(response, gold, pattern=""):
     answer = extract_answer(response, pattern)
     if answer is None or not isinstance(gold, (str, int, float)):
         return False
+    if isinstance(gold, (int, float)):
+        gold = str(gold) if abs(gold) < 10**MAX_CHARS else ""
+    if max(len(answer), len(gold)) > MAX_CHARS:
+        return answer == gold
+    chosen, choice = _CHOICE.match(answer), _CHOICE.match(gold)
+    if chosen and choice:
+        return chosen[1] == choice[1]
+    a, b = _read(answer), _read(gold)
+    if a == b:
+        return a != ()
+    ours, others = _UNITS.intersection(a), _UNITS.intersection(b)
+    if ours - others and others - ours:  # 15 cm^2 is 15, but neither 15 m^2 nor 15 cm^3
+        return False
     with contextlib.suppress(*_FAILURES):
-        gold = str(gold)  # a ValueError if it has thousands of digits
-        if max(len(answer), len(gold)) > MAX_CHARS:
-            return answer == gold
-        chosen, choice = _CHOICE.match(answer), _CHOICE.match(gold)
-        if chosen and choice:
-            return chosen[1] == choice[1]
-        a, b = _read(answer), _read(gold)
-        if a == b:
-            return a != ()
-        ours, others = _UNITS.intersection(a), _UNITS.intersection(b)
-        if ours - others and others - ours:  # 15 cm^2 is 15, but neither 15 m^2 nor 15 cm^3
-            return False
         return _same(_parse(a), _parse(b))
     return False
 
