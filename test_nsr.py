@@ -684,9 +684,11 @@ n \equiv 1 \pmod 3  ==  n \equiv 1 \mod 3  1 \pmod{3}  !=  n\equiv 2\pmod 3  1 \
 x \geq 2  ==  [2,\infty)  2\leqslant x  !=  x \gt 2  (2,\infty)
 x \lt 2 \quad \text{or} \quad x \gt 5  ==  x<2 or x>5  (-\infty,2)\cup(5,\infty)  !=  x<2
 e^{it}  ==  e^{i t}  !=  e^{is}
-k \in \mathbb{Z}  ==  k \in \mathbb{Z}  !=  k""".replace(
-    "\n  ", "  "
-)  # an indented line goes on with a row
+k \in \mathbb{Z}  ==  k \in \mathbb{Z}  !=  k
+8  ==  2^3  2^{130}/2^{127}  !=  2^{130}  2^{129}
+A:B=1:3  ==  1:3  A:B=2:6  !=  A:B=1:2  A:B=3:1
+x=3,x>11  ==  x>11,x=3  \{x>11,x=3\}  !=  5=6  x=3,x<11
+120  ==  5!  !=  !5""".replace("\n  ", "  ")  # an indented line goes on with a row
 PAIRS = [
     (gold, answer, k == 0)
     for row in TABLE.strip().splitlines()
@@ -696,6 +698,8 @@ PAIRS = [
 ]
 PAIRS += [(rf"\{{{','.join(map(str, range(32)))}\}}", ",".join(map(str, range(31, -1, -1))), True)]
 HOSTILE = [
+    "1" + "!" * 498,
+    "*".join(f"{n}!" for n in range(2400, 2460)),
     "9^{9^{9^{9}}}",
     "2^{2^{2^{2^{2^{2}}}}}",
     "99999999999!",
