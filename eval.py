@@ -12,9 +12,11 @@ what is there is not sampled again. Rows have the fields of the NSR authors' fil
 
 import csv
 import hashlib
+import itertools
 import re
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,25 +40,28 @@ STUDENT_T = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.
 COLORS = "#000000 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9".split()  # of Okabe and Ito
 
 
-def positive_integer(text):
-    """The value of a flag, which argparse refuses by this function's name."""
-    if int(text) <= 0:
-        raise ValueError
+def above_zero(text):
+    """int(text), refused by argparse where it is not above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"{text}: must be a whole number above 0")
     return int(text)
 
 
 @dataclass
 class Flags:
-    """What is asked for, each field a flag: top_p is --top-p; the comments are --help."""
+    """What is asked for, each field a flag: top_p is --top-p; the comments are --help.
+
+    A field's type is what reads its text, as argparse's `type` is.
+    """
 
     data: list[str] = None  # problem sets [what a run held out; else MATH, AIME, AMC]
-    n: positive_integer = 256  # responses to each problem
-    k: list[positive_integer] = None  # columns of the table [1 2 4 ... n]
-    problems: positive_integer = None  # only so many of each set, drawn at random [all]
+    n: above_zero = 256  # responses to each problem
+    k: list[above_zero] = None  # columns of the table [1 2 4 ... n]
+    problems: above_zero = None  # only so many of each set, drawn at random [all]
     temperature: float = None  # [0.6; on what a run held out, its own]
     top_p: float = None  # draw from the likeliest of this mass [0.95; 1 likewise]
     max_new_tokens: int = None  # longest response in tokens [3072; the run's likewise]
-    rollout_tokens: positive_integer = 2**16  # most tokens in the KV cache
+    rollout_tokens: above_zero = 2**16  # most tokens in the KV cache
     compare: bool = False  # also the paired differences to the first model
     group: bool = False  # NAME-s0, NAME-s1, ... are seeds of one model
     save: str = ""  # also write SAVE.md, SAVE.csv, SAVE.png and SAVE.svg
@@ -73,12 +78,12 @@ def parse_flags():
     nsr.add_flags(parser, Flags)
     nsr.add_flags(parser, Config, NSR_FLAGS)
     args = parser.parse_args(namespace=Flags())
-    args.given = {  # fields of Config that are not as in a run, or as in the papers
+    args.given = {  # fields of Config: they go before a run's settings and the papers'
         name: value
         for name, value in vars(args).items()
         if name in (*NSR_FLAGS, "temperature", "max_new_tokens") and value is not None
     }
-    nsr.check(Config(**args.given))
+    nsr.check(Config(**args.given, prompts=nsr.WORLD_SIZE, updates=1))
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error(f"--top-p {args.top_p}: is a share, above 0 and 1 at most")
     if bool(args.models) == bool(args.rescore):
@@ -87,7 +92,7 @@ def parse_flags():
         parser.error("--at goes with --log X:Y")
     if args.k and max(args.k) > args.n and not args.rescore:
         parser.error(f"-k {max(args.k)}: Pass@k takes k of the -n {args.n} responses")
-    args.models = dict.fromkeys(name.rstrip("/") for name in args.models)
+    args.models = [*dict.fromkeys(name.rstrip("/") for name in args.models)]
     return args
 
 
@@ -285,10 +290,11 @@ class Found:
 
 def load(path, args):
     """Found of a file of responses. Raises UserError."""
-    groups, tallies = {}, {}
-    for row in read_rows(path, args):
+    rows, groups, tallies = read_rows(path, args), {}, {}
+    for row in rows:
         groups.setdefault(row["question_id"], {})[row["generation_id"]] = row
-    n = row.get("n") or min(map(len, groups.values()))
+    first = rows[0]  # its settings are those of all
+    n = first.get("n") or min(map(len, groups.values()))
     if args.k and max(args.k) > n:
         raise UserError(
             f"{path}: Pass@{max(args.k)} takes more than its {n} responses to a problem"
@@ -299,10 +305,11 @@ def load(path, args):
             tallies[question] = tally([*group.values()][:n], args.k)
     greedy = path.parent / "greedy" / path.name
     if greedy.exists():
-        for answer in read_rows(greedy, args):
-            tallies.get(answer["question_id"], {})["greedy"] = bool(answer["label"])
-    sampling = ", ".join(f"{key} {row[key]}" for key in SETTINGS[-4:] if row.get(key))
-    return Found(row.get("model") or str(path), row.get("data") or path.stem, sampling, tallies)
+        for row in read_rows(greedy, args):
+            if row["question_id"] in tallies:
+                tallies[row["question_id"]]["greedy"] = bool(row["label"])
+    sampling = ", ".join(f"{key} {first[key]}" for key in SETTINGS[-4:] if first.get(key))
+    return Found(first.get("model") or str(path), first.get("data") or path.stem, sampling, tallies)
 
 
 def read_rows(path, args):
@@ -369,8 +376,10 @@ def report(files, args):
     sets, tables, panels = defaultdict(dict), [], []  # sets: {set: {model: Found}}
     for path in files:
         found = load(path, args)
-        models = sets[found.data]
-        models[str(path) if found.model in models else found.model] = found
+        name = found.model
+        if name in sets[found.data]:
+            name = str(path)
+        sets[found.data][name] = found
     for data, models in sets.items():
         table = compute(data, models, args)
         tables.append(table)
@@ -434,9 +443,10 @@ def bootstrap(groups, resamples=10_000):
     rng, parts = np.random.default_rng(0), []
     for group in groups:
         scores = np.array(group, float)
-        parts.append(np.array([np.nan_to_num(scores), ~np.isnan(scores)]))  # what, and which count
+        # scores, and which of them count: (2, seeds, P, measures)
+        parts.append(np.array([np.nan_to_num(scores), ~np.isnan(scores)]))
     means = [[np.divide(*part.sum(2)).mean(0)] for part in parts]
-    count = scores.shape[1]
+    count = parts[0].shape[2]
     for _ in range(resamples):
         weights = np.bincount(rng.integers(count, size=count), minlength=count)
         for part, rows in zip(parts, means):
@@ -508,10 +518,12 @@ def picture(panels, name):
 
     figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    styles = cycler(linestyle=["-", "--", "-.", ":"]) * cycler(color=COLORS)
-    style_of = defaultdict(styles().__next__)  # in each panel a label has the same
+    styles = itertools.cycle(cycler(linestyle=["-", "--", "-.", ":"]) * cycler(color=COLORS))
+    style_of = {}  # in each panel a label has the same
     for axis, (settings, curves) in zip(axes, panels):
         for label, points in curves.items():
+            if label not in style_of:
+                style_of[label] = next(styles)
             axis.plot(*points, marker=".", label=label, **style_of[label])
         axis.set(**settings)
         axis.minorticks_off()
@@ -607,8 +619,9 @@ def reached(points, x):
 
 
 def student_intervals(groups, x):
-    """Yields (mean, low, high) of what groups (seeds, steps, 2) have reached(); nan: unknown.
+    """Yields (mean, low, high) of Y where X is first x, for each of groups (seeds, steps, 2).
 
+    nan where a seed never gets there; low and high also where no group has a second seed.
     All have one variance: two or three seeds say little of their own.
     """
     labels = []

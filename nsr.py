@@ -194,7 +194,7 @@ class Response:
     old_logp: torch.Tensor = None  # by the training pass, before the first update
     entropy: torch.Tensor = None  # of the distribution before each token, in nats
     confidence: torch.Tensor = None  # (): c(y) = exp(mean of old_logp)
-    ref_logp: torch.Tensor = None  # by the model before training; where no KL is asked for old_logp
+    ref_logp: torch.Tensor = None  # by the model before training; old_logp where no KL is asked for
     adv: torch.Tensor = None
     value: torch.Tensor = None  # ppo: by the critic, before its first update
     returns: torch.Tensor = None  # ppo: what the critic learns
@@ -254,8 +254,9 @@ def score(run, responses):
     for micro in micro_batches(responses, run.cfg.micro_tokens):
         with autocast(run):
             stats, _ = token_stats(run.model, micro, run.cfg.temperature)
-            found = {"old_logp": stats.logprobs, "entropy": stats.entropy}
-            found["ref_logp"] = stats.logprobs
+            # without a reference the KL is 0
+            found = dict.fromkeys(("old_logp", "ref_logp"), stats.logprobs)
+            found["entropy"] = stats.entropy
             if run.reference:
                 ref_stats, _ = token_stats(run.reference, micro, run.cfg.temperature)
                 found["ref_logp"] = ref_stats.logprobs
@@ -330,19 +331,21 @@ def backward(run, micro, denom):
 
 
 def step_optimizer(run):
-    """Clip the gradients, summed over the ranks, and step. Returns the policy's norm before.
+    """Clip the gradients, summed over the ranks, and step.
 
-    Raises UserError, before the step, where one is not finite, on all ranks alike.
+    Returns the norm of the policy's gradient before it is clipped. Raises UserError, before the
+    step, where a norm is not finite, on all ranks alike.
     """
     cfg, norms = run.cfg, []
-    risen = min(1.0, (run.step + 1) / max(1, cfg.lr_warmup))  # share of the learning rate
-    for group, lr in zip(run.optimizer.param_groups, (cfg.lr, cfg.critic_lr)):
+    for model in run.trained:
         if WORLD_SIZE > 1:
-            for p in group["params"]:
+            for p in model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 torch.distributed.all_reduce(p.grad)
-        norms.append(torch.nn.utils.clip_grad_norm_(group["params"], cfg.grad_clip).item())
-        group["lr"] = risen * lr
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
+    risen = min(1.0, (run.step + 1) / max(1, cfg.lr_warmup))  # share of the learning rate
+    for group in run.optimizer.param_groups:  # an optimizer may have split them further
+        group["lr"] = risen * (cfg.critic_lr if group.get("critic") else cfg.lr)
     if not all(map(math.isfinite, norms)):
         raise UserError(
             f"step {run.step + 1}: the gradient is not finite; stopped before the update: start a "
@@ -380,7 +383,7 @@ def measure(run, responses):
     metrics = {"step": run.step + 1, "steps": run.cfg.steps, "tokens": tokens}
     for name in rows[0]:
         values = [row[name] for row in rows if row[name] is not None]
-        count = tokens if name in ("entropy", "rollout_gap") else len(values)
+        count = tokens if name in ("entropy", "rollout_gap") else len(values)  # of a token or not
         metrics[name] = np.sum(values) / count if values else None
     return metrics
 
@@ -595,16 +598,15 @@ def fetch(name):
     if address.startswith("hf://datasets/"):
         from huggingface_hub import hf_hub_download
 
-        *_, owner, repo, file = address.split("/", 5)
+        _, _, _, owner, repo, file = address.split("/", 5)
         return Path(hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset"))
     if address == name:
         return Path(name)
     path = Path("out/data", f"{name}.jsonl")
     if not path.exists():
-        with explained(f"cannot get {address}", "give a file of your own"):
-            content = urllib.request.urlopen(address, timeout=60).read()
-            if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
-                raise ValueError("it is not the file that it was")
+        content = urllib.request.urlopen(address, timeout=60).read()
+        if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
+            raise ValueError(f"{address} is not the file that it was")
         write_whole(path, content)
     return path
 
@@ -856,7 +858,7 @@ BASE_VERSION = 1  # raise it when what makes a base policy changes: those on dis
 class Task:
     """An embedded task: its problems, and how long its base policy is warmed up."""
 
-    counts: range  # of the numbers that a problem has
+    counts: range  # how many numbers a problem may have
     targets: range
     problems: int
     warm_up_steps: int
@@ -869,7 +871,11 @@ TASKS = {
 
 
 def random_expression(rng, numbers):
-    """(text, value) of a random tree over `numbers` in their order, each node in parentheses."""
+    """(text, value) of a random tree over `numbers` in their order, each node in parentheses.
+
+    >>> random_expression(random.Random(1), [2, 3, 4])
+    ('(2*(3-4))', -2)
+    """
     if len(numbers) == 1:
         return str(numbers[0]), numbers[0]
     cut, op = rng.randrange(1, len(numbers)), rng.choice("+-*")
@@ -888,7 +894,8 @@ def countdown_example(rng, task="countdown"):
         numbers = [rng.randrange(1, 10) for _ in range(count)]
         expression, target = random_expression(rng, numbers)
     text = f"{' '.join(map(str, sorted(numbers)))} = {target}"
-    return Problem(text, text, COUNTDOWN, verify_countdown), expression[1:-1]
+    bare = expression[1:-1]  # without the outermost parentheses
+    return Problem(text, text, COUNTDOWN, verify_countdown), bare
 
 
 def countdown_problems(task="countdown"):
@@ -1406,8 +1413,8 @@ def micro_batches(responses, micro_tokens):
     for response in sorted(responses, key=lambda r: len(r.prompt_ids) + len(r.ids)):
         longest = len(response.prompt_ids) + len(response.ids)
         tokens += longest
-        size = (len(cut[-1]) + 1) * longest if cut else math.inf  # with this one
-        if size > micro_tokens or tokens < 0.75 * size:
+        with_pads = (len(cut[-1]) + 1) * longest if cut else math.inf
+        if with_pads > micro_tokens or tokens < 0.75 * with_pads:
             cut.append([])
             tokens = longest
         cut[-1].append(response)
@@ -1424,8 +1431,9 @@ def read_responses(model, responses):
     """
     texts = padded([r.prompt_ids + r.ids[:-1] for r in responses], model.device)
     ids = padded([r.ids for r in responses], model.device)
-    # where each stands, and 0 for a pad: by lengths, not by ids, for pad may equal eos
-    places = [torch.arange(len(r.prompt_ids), len(r.prompt_ids + r.ids)) for r in responses]
+    # where each token stands in its text, 0 for a pad (no prompt is empty): from lengths, not ids,
+    # for pad may equal eos
+    places = [torch.arange(len(r.ids)) + len(r.prompt_ids) for r in responses]
     places = padded(places, model.device)
     before = (places - 1).clamp(min=0)
     found = model(texts, use_cache=False)[0]
@@ -1562,9 +1570,9 @@ def sample_verified(model, tokenizer, problems, seeds, pattern="", **sampling):
 
 
 def sample(run, purpose, problems, n):
-    """[Response]: n verified ones to each of this rank's problems, by the run's settings."""
+    """[Response]: n verified ones to each of this rank's share of problems, by run's settings."""
     cfg, asked, seeds = run.cfg, [], []
-    # every rank has its share of each mini-batch, for its size divides by their number
+    # the size of a mini-batch divides by the ranks, so each has its share of every one
     for place in range(RANK, len(problems), WORLD_SIZE):
         asked += [problems[place]] * n
         seeds += [seed_of(cfg.seed, purpose, run.step, place, i) for i in range(n)]
@@ -1672,11 +1680,14 @@ def hear(signum, frame):
 
 @contextlib.contextmanager
 def explained(what, advice):
-    """Make one line for the user of an error in the block: files, formats, the hub and programs
-    of the user's raise all types there are.
+    """Turn an error in the block into one line for the user: WHAT (the error); ADVICE.
+
+    Whatever its type: files, formats, the hub and programs of the user's raise dozens.
     """
     try:
         yield
+    except (UserError, torch.OutOfMemoryError):  # these have lines of their own
+        raise
     except (Exception, SystemExit) as e:
         raise UserError(f"{what} ({first_line(e)}); {advice}")
 
@@ -1772,7 +1783,8 @@ def config_of(name):
 def collapsed_steps(run):
     """The steps (int) whose batch had less than a tenth of the best share correct before them.
 
-    None where the best is but a few responses, of which there may be none by chance.
+    None where the best is but a few responses, of which there may be none by chance. One such step
+    may be chance, too: warnings_of() waits for a second, sound_checkpoints() does not.
     """
     best, steps = 0.0, set()
     for row in read_log(run.path / "metrics.jsonl"):
@@ -2000,7 +2012,7 @@ def flag_parser(description):
 def add_flags(parser, settings, names=None):
     """Add the flags of the fields of a dataclass; the parser's result has those that are given.
 
-    names: of some of the fields. A field that is a list takes several values.
+    names: the fields to take; None: all. One that is a list takes several values.
     """
     source = inspect.getsource(settings)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
@@ -2030,9 +2042,11 @@ def parse_flags(argv):
 
 def pick_device(name):
     """torch.device of that name, or the best that there is. Raises UserError."""
-    with explained(f"--device {name}", "give one that there is, and that this torch can use"):
+    with explained(f"--device {name}", "give another, or leave the flag out"):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError("this torch finds no GPU")
             if WORLD_SIZE > 1 or device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)  # kernels are launched on the current one
@@ -2098,7 +2112,7 @@ def make_optimizer(run):
     cfg, options = run.cfg, {}
     if cfg.optimizer == "torch.optim.AdamW" and run.model.device.type == "cuda":
         options["fused"] = True  # else it makes temporaries of the model's size
-    groups = [{"params": model.parameters()} for model in run.trained]
+    groups = [{"params": m.parameters(), "critic": m is run.critic} for m in run.trained]
     with explained(f"--optimizer {cfg.optimizer}", "give a class, such as torch.optim.AdamW"):
         return pkgutil.resolve_name(cfg.optimizer)(groups, lr=cfg.lr, **options)
 
@@ -2119,8 +2133,8 @@ def build_run(cfg, name):
         kind = transformers.AutoModelForTokenClassification
         run.critic, _ = load_model(cfg.model, device, kind, cfg.dry_run, num_labels=1)
     run.optimizer = make_optimizer(run)
-    for trained in run.trained:
-        prepare_training(trained, cfg)
+    for part in run.trained:
+        prepare_training(part, cfg)
     run.rollout_tokens = cfg.rollout_tokens or cache_tokens(run)
     return run
 
@@ -2147,9 +2161,9 @@ def dry_run(cfg):
 
 
 def restore(run, checkpoint):
-    """Set the trainer's state as a checkpoint has it. Raises UserError where it is damaged."""
-    advice = "put a copy back, or remove it to begin that run again"
-    with explained(f"{checkpoint} is damaged", advice):
+    """Set the trainer's state as a checkpoint has it. Raises UserError where that fails."""
+    advice = f"if it is damaged put a copy back; else start a new run, with --model {checkpoint}"
+    with explained(f"cannot go on from {checkpoint}", advice):
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         run.step = state.pop("step")
         for name, part in state.items():
@@ -2179,7 +2193,8 @@ def open_run(cfg):
     say_unread(problems + held_out)
     texts = [(p.question, p.answer) for p in problems + held_out]
     sha1 = hashlib.sha1(repr(texts).encode()).hexdigest()
-    if cfg.resume and sha1 not in Path(cfg.resume, "config.json").read_text():
+    begun = json.loads(Path(cfg.resume, "config.json").read_text()) if cfg.resume else {}
+    if begun.get("problems_sha1", sha1) != sha1:
         raise UserError(
             f"{cfg.data} no longer holds the problems that the run began with; put them back, or "
             "start a new run"
@@ -2368,7 +2383,7 @@ _REWRITES = {re.compile(pattern): new for pattern, new in {
     "[¼-¾⅐-⅞]": r"\\frac{\g<0>}",
     "[Α-ω]": lambda m: rf"\{unicodedata.name(m[0], 'x').split()[-1].lower()} ",
     r"^(?!\p{ASCII}*$).*": lambda m: unicodedata.normalize("NFKC", m[0]),
-    rf"^(.{{{2 * MAX_CHARS}}}).*": r"\1",  # of ﷺ there are now 18 letters
+    rf"^(.{{{2 * MAX_CHARS}}}).*": r"\1",  # cut again: NFKC makes 18 letters of ﷺ
     r"(?<=\d)⁄": "}{",
     # a matrix is a tuple of rows: \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}, (1 & 2, 3 & 4)
     r"(?<!\\)[,.;]\s*(?=\\\\|\\end)|(?:\\\\)+(?:\[[\w.\s]+\])?\s*(?=\\end)": "",  # 4 \\ \end
@@ -2748,7 +2763,7 @@ _FUNCTIONS = {
 }
 _RING = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _NUMBERS = {  # what the kinds of trees mean in the complex numbers
-    "num": lambda x: x if x.denominator < 10**9 else x * (1 + 1e-9),  # 1.41421356237 is no root
+    "num": lambda x: x,
     "sym": _CONSTANTS.__getitem__,
     **_RING,
     **_FUNCTIONS,
@@ -2764,7 +2779,8 @@ _RESIDUES = {  # and modulo a prime
     "sym": lambda name: int(_point(0, name) * 2**99),  # raises for i and ∞
     **_RING,
     **dict.fromkeys("/:÷", lambda x, y: x * pow(y, -1, PRIME) % PRIME),
-    "^": lambda x, y: pow(x, y, PRIME) if abs(y) < 10**15 else None,  # raises if y is no integer
+    # None, on which the next operation raises, as pow does if y is no whole number
+    "^": lambda x, y: pow(x, y, PRIME) if abs(y) < 10**15 else None,
     "!": lambda n: math.factorial(_count(n)) % PRIME,
     **dict.fromkeys(("binom", "∁"), lambda n, k: math.comb(_count(n), _count(k))),
 }
@@ -2805,7 +2821,12 @@ def _point(k, name):
     return _CONSTANTS.get(name, -x if k == 1 else x)
 
 
-_POINTS = [_NUMBERS | {"sym": partial(_point, k)} for k in range(3)]
+def _moved(x):
+    """A long decimal, moved a little so that it equals no root: 1.41421356237 is not sqrt(2)."""
+    return x if x.denominator < 10**9 else x * (1 + 1e-9)
+
+
+_POINTS = [_NUMBERS | {"num": _moved, "sym": partial(_point, k)} for k in range(3)]
 
 
 def _equal(a, b):
@@ -2867,21 +2888,21 @@ def _bounds(tree):
         raise ValueError("too long")
     if what[0] in "∪∩∖∨,=<>≤≥≠([⦃":
         return sum(map(_bounds, parts), [])
-    return [_value(tree).real]  # there is none of an unknown, as in 2x < 3
+    return [_value(tree).real]  # a LookupError where an unknown is in it, as in 2x < 3
 
 
 def _same_region(a, b):
     """Whether two sets of reals have the same members: at every bound, around it, and far away."""
     if len(_names(a) | _names(b)) > 1:
         raise ValueError("several unknowns")
-    bounds = []
+    known = []
     for tree in (a, b):
         with contextlib.suppress(LookupError):
-            bounds += [0, *_bounds(tree)]
-    if not bounds:
+            known.append(_bounds(tree))
+    if not known:
         raise ValueError("not linear")
-    points = {-99.0, -9.0, -0.3, 0.3, 9.0, 99.0}
-    for x in bounds:
+    points = {-99.0, -9.0, -0.3, 0, 0.3, 9.0, 99.0}
+    for x in sum(known, []):
         step = 1e-6 * (1 + abs(x))
         points |= {x, -x, x + step, x - step}
     return all(_member(a, x) == _member(b, x) for x in points if abs(x) < math.inf)
@@ -2970,7 +2991,7 @@ def _same(a, b):
     if label and other_label and label != other_label:
         return False
     a, b = _distribute(a), _distribute(b)
-    if re.search("[∪∩∖<≤≠>≥]", f"{a}{b}"):
+    if re.search("[∪∩∖<≤≠>≥]", f"{a}{b}"):  # one of them is a set of reals, or a condition
         with contextlib.suppress(*_FAILURES):
             return _same_region(a, b)
     items, others = _items(a), _items(b)

@@ -688,7 +688,11 @@ k \in \mathbb{Z}  ==  k \in \mathbb{Z}  !=  k
 8  ==  2^3  2^{130}/2^{127}  !=  2^{130}  2^{129}
 A:B=1:3  ==  1:3  A:B=2:6  !=  A:B=1:2  A:B=3:1
 x=3,x>11  ==  x>11,x=3  \{x>11,x=3\}  !=  5=6  x=3,x<11
-120  ==  5!  !=  !5""".replace("\n  ", "  ")  # an indented line goes on with a row
+120  ==  5!  !=  !5
+\frac23  ==  \frac23 \approx 0.6666666667  !=  0.6666666667
+\sqrt2  ==  \sqrt2 \approx 1.41421356237  !=  1.41421356237""".replace(
+    "\n  ", "  "
+)  # an indented line goes on with a row
 PAIRS = [
     (gold, answer, k == 0)
     for row in TABLE.strip().splitlines()
@@ -1861,6 +1865,39 @@ def test_compiled_layers_change_nothing(tokenizer, checkpointing):
     assert hasattr(model.model.layers[0].forward, "_torchdynamo_orig_callable")
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+class Halves(torch.optim.SGD):
+    """An optimizer that makes groups of its own, as some do for weight decay."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        for group in [*self.param_groups]:
+            first, *others = group["params"]
+            group["params"] = [first]
+            self.add_param_group(group | {"params": others})
+
+
+def test_each_group_of_an_optimizer_has_its_models_learning_rate(tokenizer):
+    run = a_run(tiny_model(tokenizer), optimizer=f"{__name__}.Halves", lr=0.1, critic_lr=0.2)
+    run.critic = tiny_model(tokenizer)
+    run.optimizer = nsr.make_optimizer(run)
+    nsr.step_optimizer(run)
+    rates = {p: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert len(run.optimizer.param_groups) == 4
+    for model, lr in ((run.model, 0.1), (run.critic, 0.2)):
+        assert {rates[p] for p in model.parameters()} == {lr}
+
+
+def test_what_has_a_line_of_its_own_is_not_explained_again():
+    for error in (nsr.UserError("mine"), torch.OutOfMemoryError("full")):
+        with pytest.raises(type(error), match=f"^{error}$"), nsr.explained("what", "advice"):
+            raise error
+    with (
+        pytest.raises(nsr.UserError, match=r"^what \(1\); advice$"),
+        nsr.explained("what", "advice"),
+    ):
+        raise KeyError(1)
 
 
 class Momentum(torch.optim.SGD):
