@@ -65,7 +65,7 @@ class Flags:
     compare: bool = False  # also the paired differences to the first model
     group: bool = False  # NAME-s0, NAME-s1, ... are seeds of one model
     save: str = ""  # also write SAVE.md, SAVE.csv, SAVE.png and SAVE.svg
-    log: list[str] = None  # sample none; draw X:Y or X:Y,Z of metrics.jsonl, tell the last Y
+    log: list[str] = None  # X:Y or X:Y,Z: draw Y against X of metrics.jsonl; a table of last Y
     at: list[float] = None  # with --log X:Y: Y where X is first AT
     out: str = "out/eval"  # directory where responses are kept
     rescore: list[Path] = None  # sample none; verify again what files hold

@@ -541,7 +541,10 @@ def check(cfg):
             raise UserError(f"{flag}: must be a number, and not below 0")
     if cfg.gpu_memory_utilization > 1:
         raise UserError(f"--gpu-memory-utilization {cfg.gpu_memory_utilization}: is above 1")
-    check_pattern(cfg.answer_pattern)
+    pattern = cfg.answer_pattern
+    with explained(f"--answer-pattern {pattern}", "give a regex, and put the answer's part in ( )"):
+        if pattern and not re.compile(pattern).groups:
+            raise ValueError("it has no group")
     if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: pip install tensorboard")
     if cfg.prompts % (cfg.updates * WORLD_SIZE):
@@ -551,13 +554,6 @@ def check(cfg):
         )
     if cfg.method == "grpo" and cfg.group_size < 2:
         raise UserError("--method grpo compares the responses of a group: --group-size 2 or more")
-
-
-def check_pattern(pattern):
-    """Raises UserError unless --answer-pattern is empty, or a regex with a group."""
-    with explained(f"--answer-pattern {pattern}", "give a regex, and put the answer's part in ( )"):
-        if pattern and not re.compile(pattern).groups:
-            raise ValueError("it has no group")
 
 
 # --------------------------------------------------------------------------------------------------
