@@ -1972,8 +1972,8 @@ def plot(run):
         ks = [int(name.removeprefix("Pass@")) for name in row if name.startswith("Pass@")]
         scores = [row[f"Pass@{k}"] for k in ks]
         last.semilogx(ks, scores, ".-", base=2, label=f"step {step}")
+        last.legend()
     last.set(title="Pass@k", xlabel="k")
-    last.legend()
     figure.suptitle(f"{run.path.name}: {run.cfg.method} on {run.cfg.data}")
     figure.savefig(run.path / "curves.png")
 
@@ -2047,8 +2047,8 @@ def pick_device(name):
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)  # kernels are launched on the current one
             torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a plan for every shape
-        torch.zeros(1, device=device)
-        return device
+        torch.zeros(1, device=device).item()  # of meta, which has no memory, there is none
+    return device
 
 
 def new_directory(cfg):
@@ -2110,7 +2110,10 @@ def make_optimizer(run):
         options["fused"] = True  # else it makes temporaries of the model's size
     groups = [{"params": m.parameters(), "critic": m is run.critic} for m in run.trained]
     with explained(f"--optimizer {cfg.optimizer}", "give a class, such as torch.optim.AdamW"):
-        return pkgutil.resolve_name(cfg.optimizer)(groups, lr=cfg.lr, **options)
+        optimizer = pkgutil.resolve_name(cfg.optimizer)(groups, lr=cfg.lr, **options)
+        if not isinstance(optimizer, torch.optim.Optimizer):  # its state could not be saved
+            raise TypeError("it makes no torch.optim.Optimizer")
+    return optimizer
 
 
 def build_run(cfg, name):

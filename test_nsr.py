@@ -1867,6 +1867,11 @@ def test_compiled_layers_change_nothing(tokenizer, checkpointing):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+class NoOptimizer:
+    def __init__(self, params, lr):
+        self.param_groups = [*params]
+
+
 class Halves(torch.optim.SGD):
     """An optimizer that makes groups of its own, as some do for weight decay."""
 
@@ -2775,6 +2780,9 @@ def test_two_processes_on_one_run_are_refused(cli, base):
         (["--data=half_character.jsonl"], "half_character.jsonl, line 1"),
         (["--device=cuda:99"], "--device cuda:99"),
         (["--device=quantum"], "--device quantum"),
+        (["--device=meta"], "--device meta"),
+        (["--optimizer=torch.optim.Adamw"], "--optimizer torch.optim.Adamw"),
+        (["--optimizer=test_nsr.NoOptimizer"], "it makes no torch.optim.Optimizer"),
         (["--model=./none", "--data=math-train"], "no model directory ./none"),
         (["--model=some/where/else"], "no model directory some/where/else"),
         (["--resume=out/none"], "out/none"),
