@@ -254,9 +254,8 @@ def score(run, responses):
     for micro in micro_batches(responses, run.cfg.micro_tokens):
         with autocast(run):
             stats, _ = token_stats(run.model, micro, run.cfg.temperature)
-            # without a reference the KL is 0
-            found = dict.fromkeys(("old_logp", "ref_logp"), stats.logprobs)
-            found["entropy"] = stats.entropy
+            found = {"old_logp": stats.logprobs, "entropy": stats.entropy}
+            found["ref_logp"] = stats.logprobs  # without a reference the KL is 0
             if run.reference:
                 ref_stats, _ = token_stats(run.reference, micro, run.cfg.temperature)
                 found["ref_logp"] = ref_stats.logprobs
@@ -344,7 +343,7 @@ def step_optimizer(run):
                 torch.distributed.all_reduce(p.grad)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
     risen = min(1.0, (run.step + 1) / max(1, cfg.lr_warmup))  # share of the learning rate
-    for group in run.optimizer.param_groups:  # an optimizer may have split them further
+    for group in run.optimizer.param_groups:  # one a model, or more where an optimizer splits them
         group["lr"] = risen * (cfg.critic_lr if group.get("critic") else cfg.lr)
     if not all(map(math.isfinite, norms)):
         raise UserError(
@@ -383,7 +382,7 @@ def measure(run, responses):
     metrics = {"step": run.step + 1, "steps": run.cfg.steps, "tokens": tokens}
     for name in rows[0]:
         values = [row[name] for row in rows if row[name] is not None]
-        count = tokens if name in ("entropy", "rollout_gap") else len(values)  # of a token or not
+        count = tokens if name in ("entropy", "rollout_gap") else len(values)  # the mean of a token
         metrics[name] = np.sum(values) / count if values else None
     return metrics
 
@@ -2024,8 +2023,9 @@ def add_flags(parser, settings, names=None):
         kind = {"type": knob.type, "choices": CHOICES.get(knob.name)}
         if knob.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        for item in get_args(knob.type):
-            kind = {"type": item, "nargs": "+"}
+        items = get_args(knob.type)
+        if items:
+            kind = {"type": items[0], "nargs": "+"}
         parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
 
 
@@ -2047,7 +2047,7 @@ def pick_device(name):
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)  # kernels are launched on the current one
             torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a plan for every shape
-        torch.zeros(1, device=device).item()  # of meta, which has no memory, there is none
+        torch.zeros(1, device=device).item()  # raises on meta, which has no memory
     return device
 
 
@@ -2060,7 +2060,7 @@ def new_directory(cfg):
             return path
         except FileExistsError:
             if cfg.name:  # another process was faster
-                raise
+                raise UserError(f"--name {cfg.name}: {path} exists; choose another")
 
 
 def settings(given):
@@ -2123,7 +2123,15 @@ def build_run(cfg, name):
     """
     device = pick_device(cfg.device)
     model, tokenizer = load_model(name, device, shape_only=cfg.dry_run)
-    run = Run(cfg, None, [], [], model, tokenizer, None)
+    run = Run(
+        cfg,
+        path=None,
+        problems=[],
+        held_out=[],
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=None,
+    )
     if cfg.kl_coef:
         reference, _ = load_model(cfg.model, device, shape_only=cfg.dry_run)
         run.reference = reference.requires_grad_(False)
@@ -2757,7 +2765,7 @@ _FUNCTIONS = {
     "floor": lambda x: math.floor(x.real),
     "ceil": lambda x: math.ceil(x.real),
     "√": lambda x, n=2: _power(x, 1 / n),
-    "frac": operator.truediv,
+    "frac": operator.truediv,  # for its name alone: _atom() makes "/" of it
     "binom": _choose,
 }
 _RING = {"+": operator.add, "-": operator.sub, "*": operator.mul}
