@@ -83,6 +83,7 @@ def parse_flags():
         for name, value in vars(args).items()
         if name in (*NSR_FLAGS, "temperature", "max_new_tokens") and value is not None
     }
+    # the other settings are a run's; here there is no batch to divide among ranks
     nsr.check(Config(**args.given, prompts=nsr.WORLD_SIZE, updates=1))
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error(f"--top-p {args.top_p}: is a share, above 0 and 1 at most")
@@ -415,7 +416,10 @@ def compute(data, models, args):
     # Pass@k first, levels and subjects last and by name
     measures = sorted(measures, key=lambda m: ("Pass@" not in m, m if ":" in m else ""))
     for name, found in models.items():
-        scores = [[*map(found.tallies[question].get, measures)] for question in questions]
+        scores = []
+        for question in questions:
+            values = found.tallies[question]
+            scores.append([values.get(measure) for measure in measures])
         groups.setdefault(label_of(name, args), []).append(scores)
     caption = (
         f"{data}, {len(questions)} problems, {' or '.join(samplings)}; below each its 95% "
